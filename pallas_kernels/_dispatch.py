@@ -1,0 +1,51 @@
+"""Which implementation of an op runs, and why.
+
+Each implementation module offers `unsupported_reason(...) -> str | None` for the arguments at hand; an op's api.py
+passes those to `choose`. A named implementation runs or raises, it never falls back; the automatic choice is logged once,
+with the reason.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Mapping
+
+_logger = logging.getLogger(__name__)
+
+
+def choose(op: str, implementation: str | None, candidates: Mapping[str, Callable[[], str | None]]) -> str:
+    """Returns the name of the implementation to run.
+
+    Args:
+        op: the public name of the op, for messages.
+        implementation: the name the caller asked for, or None for the best one that can run.
+        candidates: name -> check, best first; a check returns None when that implementation can run, else why not.
+
+    Raises:
+        ValueError: `implementation` is no candidate's name.
+        NotImplementedError: the named implementation, or with None every candidate, cannot run here; the text says why.
+    """
+    if implementation is None:
+        refused: list[str] = []
+        for name, unsupported_reason in candidates.items():
+            reason = unsupported_reason()
+            if reason is None:
+                _log_once(f"{op}: using {name!r}" + (f" ({'; '.join(refused)})" if refused else ""))
+                return name
+            refused.append(f"{name!r} cannot run: {reason}")
+        raise NotImplementedError(f"{op}: no implementation can run here ({'; '.join(refused)})")
+    if implementation not in candidates:
+        names = ", ".join(map(repr, candidates))
+        raise ValueError(
+            f"{op}: unknown implementation {implementation!r}; use one of {names}, or None to let {op} choose"
+        )
+    reason = candidates[implementation]()
+    if reason is not None:
+        raise NotImplementedError(f"{op}: implementation {implementation!r} cannot run: {reason}")
+    return implementation
+
+
+@functools.cache
+def _log_once(message: str) -> None:
+    _logger.info(message)
