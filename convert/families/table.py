@@ -1,0 +1,206 @@
+"""One table per model family: Hugging Face tensor names <-> our parameter paths, read in both directions.
+
+Our tree: plain nested dicts; kernels are [out, in]; everything under "layers" is stacked over layers on axis 0.
+Letters of the shapes: D model width, N query heads, K kv heads, H head width, F MLP width, V vocabulary, L layers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from convert.safetensors_io import TensorInfo
+
+# What bitsandbytes stores beside a 4-bit `weight`: all of it is one logical tensor.
+_PACKED_SUFFIX = ".quant_state.bitsandbytes__nf4"
+_PACKED_PARTS = (".absmax", ".nested_absmax", ".nested_quant_map", ".quant_map", _PACKED_SUFFIX)
+
+
+@dataclasses.dataclass(frozen=True)
+class Transform:
+    """Where the two sides hold different numbers: `to_hf` undoes `to_ours`; both take and give one layer's array."""
+
+    to_ours: Callable[[np.ndarray], np.ndarray]
+    to_hf: Callable[[np.ndarray], np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """One line of a family's table.
+
+    hf: name in HF files; `{i}` stands for the layer.
+    path: place in our tree, joined with "/"; a path under "layers/" is one layer of a stacked leaf.
+    shape: HF's shape in letters, products with "*": "N*H D".
+    when: the fact about the config without which the tensor does not exist; None for always.
+    transform: how the values differ, if they do.
+    """
+
+    hf: str
+    path: str
+    shape: str
+    when: str | None = None
+    transform: Transform | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Slot:
+    """One tensor that a model of a given config has: HF name, path, layer (None outside the stack), HF's shape."""
+
+    name: str
+    path: tuple[str, ...]
+    layer: int | None
+    shape: tuple[int, ...]
+    transform: Transform | None
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether this is one of the layers' linears, the weights that may be held in 4 bits."""
+        return self.layer is not None and self.path[-1] == "kernel"
+
+
+@dataclasses.dataclass(frozen=True)
+class Load:
+    """Where one slot's values come from: the stored tensors' names, the (packed) weight first."""
+
+    slot: Slot
+    sources: tuple[str, ...]
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether the file holds it as a bitsandbytes 4-bit group."""
+        return len(self.sources) > 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """All that tells one family's files from another's.
+
+    model_type: HF's name of the family.
+    rules: the table.
+    facts: HF config -> the letters' values and the truth of every `when`; raises ValueError where keys are missing.
+    ignored: regular expressions of names that carry nothing (buffers that old versions saved).
+    """
+
+    model_type: str
+    rules: tuple[Rule, ...]
+    facts: Callable[[Mapping[str, Any]], dict[str, int]]
+    ignored: tuple[str, ...] = ()
+
+    def slots(self, config: Mapping[str, Any]) -> list[Slot]:
+        """Every tensor of a model with this HF config, in the table's order, layer by layer within a rule."""
+        facts = self.facts(config)
+        slots = []
+        for rule in self.rules:
+            if rule.when is not None and not facts[rule.when]:
+                continue
+            shape = tuple(math.prod(facts[letter] for letter in axis.split("*")) for axis in rule.shape.split())
+            path = tuple(rule.path.split("/"))
+            for layer in range(facts["L"]) if path[0] == "layers" else [None]:
+                slots.append(Slot(rule.hf.format(i=layer), path, layer, shape, rule.transform))
+        return slots
+
+    def plan(self, available: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> list[Load]:
+        """Match the tensors that a checkpoint offers with those the config asks for.
+
+        A bitsandbytes 4-bit group counts as one tensor of the unpacked shape.
+
+        Returns:
+            One Load for every slot, in the order of `available` (the order of the files).
+
+        Raises:
+            ValueError: lists every missing, unknown, mis-shaped or mis-typed tensor at once.
+        """
+        slots = self.slots(config)
+        harmless = re.compile("|".join(f"(?:{pattern})" for pattern in self.ignored) or r"(?!)")
+        unknown = {name for name in available if not harmless.search(name)}
+        # A tied model may still store its head; it is the embedding again.
+        absent = {rule.hf for rule in self.rules if rule.when == "untied"} - {slot.name for slot in slots}
+        unknown = {name for name in unknown if not any(name == hf or name.startswith(f"{hf}.") for hf in absent)}
+        loads, missing, wrong = [], [], []
+        for slot in slots:
+            if slot.name not in available:
+                missing.append(slot.name)
+                continue
+            sources: tuple[str, ...] = (slot.name,)
+            if slot.name + _PACKED_SUFFIX in available:
+                sources += tuple(slot.name + part for part in _PACKED_PARTS if slot.name + part in available)
+            load = Load(slot, sources)
+            loads.append(load)
+            unknown.difference_update(sources)
+            if problem := _problem(load, available[slot.name]):
+                wrong.append(f"{slot.name} {problem}")
+        if missing or unknown or wrong:
+            lines = [f"  missing: {name}" for name in _collapse(missing)]
+            lines += [f"  not known: {name}" for name in _collapse(unknown)]
+            lines += [f"  wrong: {text}" for text in _collapse(wrong)]
+            raise ValueError(
+                f"the tensors are not those of the {self.model_type} model that config.json describes; "
+                "use the config.json and the weights of one and the same model:\n" + "\n".join(lines)
+            )
+        order = {name: position for position, name in enumerate(available)}
+        return sorted(loads, key=lambda load: order[load.sources[0]])
+
+    def hf_tensors(
+        self, tree: Mapping[str, Any], config: Mapping[str, Any]
+    ) -> tuple[dict[str, TensorInfo], Callable[[str], np.ndarray]]:
+        """The table read backwards: a dense tree under HF names.
+
+        Args:
+            tree: our parameters, every leaf a NumPy or JAX array (4-bit leaves decoded by the caller).
+            config: the model's HF config.
+
+        Returns:
+            Each tensor's info, and a function that fetches one by name: what `safetensors_io.write_model` takes.
+        """
+        slots = {slot.name: slot for slot in self.slots(config)}
+        infos = {slot.name: TensorInfo(np.dtype(_leaf(tree, slot.path).dtype), slot.shape) for slot in slots.values()}
+
+        def read(name: str) -> np.ndarray:
+            slot = slots[name]
+            leaf = _leaf(tree, slot.path)
+            tensor = np.asarray(leaf if slot.layer is None else leaf[slot.layer])
+            return tensor if slot.transform is None else slot.transform.to_hf(tensor)
+
+        return infos, read
+
+
+def _leaf(tree: Mapping[str, Any], path: tuple[str, ...]) -> Any:
+    node: Any = tree
+    for key in path:
+        node = node[key]
+    return node
+
+
+def _problem(load: Load, info: TensorInfo) -> str | None:
+    """What is wrong with the stored weight itself, or None."""
+    if load.is_packed:
+        size = -(-math.prod(load.slot.shape) // 2)
+        if info.nbytes != size:
+            return f"is {info.nbytes} bytes of 4-bit codes, expected {size} for {list(load.slot.shape)}"
+    elif info.shape != load.slot.shape:
+        return f"has shape {list(info.shape)}, expected {list(load.slot.shape)}"
+    elif info.dtype.name not in ("float16", "bfloat16", "float32", "float64"):
+        return f"has dtype {info.dtype.name}, expected floats of 16 bits or more"
+    return None
+
+
+def _collapse(lines: Iterable[str]) -> list[str]:
+    """One line where several differ only in the layer, `model.layers.{0,1,2}.mlp...`: 32 layers stay readable."""
+    layers: dict[tuple[str, str], list[int]] = {}
+    for line in lines:
+        before, dot, rest = line.partition("layers.")
+        index, _, after = rest.partition(".")
+        if dot and index.isdigit():
+            layers.setdefault((f"{before}layers.", f".{after}"), []).append(int(index))
+        else:
+            layers[line, ""] = []
+    collapsed = []
+    for (before, after), indices in layers.items():
+        places = ",".join(map(str, sorted(indices)))
+        collapsed.append(f"{before}{'{' + places + '}' if len(indices) > 1 else places}{after}")
+    return sorted(collapsed)
