@@ -1,0 +1,25 @@
+"""What all layers of one forward pass share."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from jax import Array
+
+from jaxtune.linear import Adaptation
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """Angles, documents and settings of one forward pass.
+
+    cos, sin: float32 [B, T, H / 2]. segment_ids: int32 [B, T], or None where every row is one document.
+    cache_start: tokens already in the KV cache, int32 scalar; 0 in training.
+    adaptation: how adapters act.
+    """
+
+    cos: Array
+    sin: Array
+    segment_ids: Array | None
+    cache_start: Array | int
+    adaptation: Adaptation

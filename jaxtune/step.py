@@ -1,0 +1,187 @@
+"""The one jitted train step, and the evaluation step beside it, written against a mesh."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array, lax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxtune.linear import Adaptation
+from jaxtune.loss_scale import LossScale
+from jaxtune.models.config import DecoderConfig
+from jaxtune.models.decoder import Tree, head_weight, hidden_states
+from jaxtune.remat import remat_wrapper
+from pallas_kernels.cross_entropy import linear_cross_entropy
+
+Batch = Mapping[str, Array]
+MESH_AXES = ("data", "fsdp", "tensor")
+
+
+@flax.struct.dataclass
+class TrainState:
+    """What training changes, and what a checkpoint holds beside the data position.
+
+    step: int32, updates done. lora: the adapter tree. opt_state: optax's. rng: uint32 key data that every step's
+    dropout key is derived from. loss_scale: of float16, else None.
+    """
+
+    step: Array
+    lora: Any
+    opt_state: Any
+    rng: Array
+    loss_scale: LossScale | None
+
+
+@dataclasses.dataclass(frozen=True)
+class StepConfig:
+    """What is fixed when the step is compiled.
+
+    dtype: compute dtype. adaptation: how adapters act. packed: rows hold several documents (batches carry segment_ids).
+    remat: policy of jaxtune.remat. max_grad_norm: clipping, or None. loss_chunk: tokens of logits at a time, or None.
+    """
+
+    decoder: DecoderConfig
+    adaptation: Adaptation
+    dtype: Any
+    packed: bool = True
+    remat: str = "full"
+    max_grad_norm: float | None = None
+    loss_chunk: int | None = None
+
+
+def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
+    """A mesh of the first data * fsdp * tensor devices."""
+    devices = jax.devices()[: data * fsdp * tensor]
+    auto = (jax.sharding.AxisType.Auto,) * len(MESH_AXES)
+    return jax.make_mesh((data, fsdp, tensor), MESH_AXES, axis_types=auto, devices=devices)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Every device holds the whole array."""
+    return NamedSharding(mesh, P())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows of [accumulation, rows, T] spread over the data and fsdp axes."""
+    return NamedSharding(mesh, P(None, ("data", "fsdp"), None))
+
+
+def init_state(lora: Any, optimizer: optax.GradientTransformation, seed: int, dtype: Any) -> TrainState:
+    """The state before the first update."""
+    rng = jax.random.key_data(jax.random.key(seed))
+    scale = LossScale.start() if dtype == jnp.float16 else None
+    return TrainState(jnp.int32(0), lora, optimizer.init(lora), rng, scale)
+
+
+def batch_loss(lora: Tree, frozen: Tree, batch: Batch, config: StepConfig, dropout_key: Array | None) -> Array:
+    """Sum over the batch's learnt tokens of their negative log likelihood, float32.
+
+    batch: tokens, targets, positions, segment_ids (int32 [B, T]) and loss_weights (float32 [B, T]).
+    """
+    remat = remat_wrapper(config.remat, {memory.kind for memory in jax.devices()[0].addressable_memories()})
+    hidden, _ = hidden_states(
+        frozen,
+        lora,
+        batch["tokens"],
+        batch["positions"],
+        batch["segment_ids"] if config.packed else None,
+        config.decoder,
+        config.adaptation,
+        dtype=config.dtype,
+        dropout_key=dropout_key,
+        remat=remat,
+    )
+    return linear_cross_entropy(
+        hidden, head_weight(frozen), batch["targets"], batch["loss_weights"], chunk=config.loss_chunk
+    )
+
+
+def accumulate(
+    lora: Tree, frozen: Tree, batch: Batch, config: StepConfig, key: Array | None, scale: Array | float
+) -> tuple[Array, Any]:
+    """Loss and gradient of the mean over all learnt tokens of all micro-batches.
+
+    Sums are accumulated over micro-batches and divided once by the number of learnt tokens of the whole batch, so that
+    a token weighs the same whichever micro-batch it falls in.
+
+    Args:
+        batch: arrays [accumulation, B, T].
+        key: dropout's key of this step, or None.
+        scale: the loss is multiplied by it before differentiation and the gradient divided after.
+
+    Returns:
+        The loss, float32, and the gradient tree in float32.
+    """
+
+    def one(micro: Batch, index: Array) -> tuple[Array, Any]:
+        micro_key = None if key is None else jax.random.fold_in(key, index)
+        loss, gradient = jax.value_and_grad(lambda lora: scale * batch_loss(lora, frozen, micro, config, micro_key))(
+            lora
+        )
+        return loss, jax.tree.map(lambda g: g.astype(jnp.float32), gradient)
+
+    micros = (dict(batch), jnp.arange(batch["tokens"].shape[0]))
+    if batch["tokens"].shape[0] == 1:
+        total, gradient = one(*jax.tree.map(lambda x: x[0], micros))
+    else:
+        zeros = (jnp.float32(0), jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), lora))
+        (total, gradient), _ = lax.scan(lambda sums, xs: (jax.tree.map(jnp.add, sums, one(*xs)), None), zeros, micros)
+    weight = jnp.maximum(jnp.sum(batch["loss_weights"]), 1e-8) * scale
+    return total / weight, jax.tree.map(lambda g: g / weight, gradient)
+
+
+def train_step(
+    state: TrainState, frozen: Tree, batch: Batch, optimizer: optax.GradientTransformation, config: StepConfig
+) -> tuple[TrainState, dict[str, Array]]:
+    """One update. Returns the new state and float32 scalars: loss, grad_norm (before clipping), and for float16
+    loss_scale.
+
+    Where float16 gradients overflow, adapter and optimizer stay as they were and the loss scale is halved.
+    """
+    key = None
+    if config.adaptation.dropout_rate > 0:
+        key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
+    scale = 1.0 if state.loss_scale is None else state.loss_scale.scale
+    loss, gradient = accumulate(state.lora, frozen, batch, config, key, scale)
+    norm = optax.global_norm(gradient)
+    metrics = {"loss": loss, "grad_norm": norm}
+    if config.max_grad_norm is not None:
+        clip = jnp.minimum(1.0, config.max_grad_norm / (norm + 1e-6))
+        gradient = jax.tree.map(lambda g: g * clip, gradient)
+    updates, opt_state = optimizer.update(gradient, state.opt_state, state.lora)
+    lora = optax.apply_updates(state.lora, updates)
+    if state.loss_scale is not None:
+        finite = jnp.isfinite(norm)
+        keep = partial(jnp.where, finite)
+        lora, opt_state = jax.tree.map(keep, (lora, opt_state), (state.lora, state.opt_state))
+        metrics["loss_scale"] = state.loss_scale.scale
+        state = state.replace(loss_scale=state.loss_scale.after(finite))
+    return state.replace(step=state.step + 1, lora=lora, opt_state=opt_state), metrics
+
+
+def eval_step(lora: Tree, frozen: Tree, batch: Batch, config: StepConfig) -> tuple[Array, Array]:
+    """Summed loss and number of learnt tokens of one batch [1, B, T], without dropout."""
+    rows = jax.tree.map(lambda x: x[0], dict(batch))
+    return batch_loss(lora, frozen, rows, config, None), jnp.sum(rows["loss_weights"])
+
+
+def jit_train_step(
+    optimizer: optax.GradientTransformation, config: StepConfig, mesh: Mesh
+) -> Callable[[TrainState, Tree, Batch], tuple[TrainState, dict[str, Array]]]:
+    """`train_step` compiled for the mesh; the state's buffers are donated."""
+    step = partial(train_step, optimizer=optimizer, config=config)
+    return jax.jit(step, donate_argnums=0, out_shardings=replicated(mesh))
+
+
+def jit_eval_step(config: StepConfig, mesh: Mesh) -> Callable[[Tree, Tree, Batch], tuple[Array, Array]]:
+    """`eval_step` compiled for the mesh."""
+    return jax.jit(partial(eval_step, config=dataclasses.replace(config, remat="none")), out_shardings=replicated(mesh))

@@ -1,0 +1,72 @@
+"""Causal self-attention: the public function."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float, Int
+
+from pallas_kernels._dispatch import choose
+from pallas_kernels.attention import cudnn
+from pallas_kernels.attention.reference import attention_reference, visible
+from pallas_kernels.attention.xla import attention_xla
+
+
+def attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    *,
+    segment_ids: Int[Array, "B T"] | None = None,
+    scale: float | None = None,
+    implementation: str | None = None,
+) -> Float[Array, "B T N H"]:
+    """Each query attends to the keys at or before it in its row and, with `segment_ids`, in its own document only.
+
+    Args:
+        q: [B, T, N, H]. k, v: [B, T, K, H], where K divides N.
+        segment_ids: int32 [B, T], one number per document of a packed row; None where every row is one document
+            (padding behind it needs no mask: nothing before it sees it).
+        scale: factor on the scores; 1 / sqrt(H) when None.
+        implementation: "cudnn", "xla", or None to choose.
+
+    Returns:
+        [B, T, N, H] in q's dtype. Rows of padding hold finite values without meaning.
+
+    Raises:
+        ValueError: shapes do not fit together.
+        NotImplementedError: a named implementation cannot serve this call; the text says why.
+    """
+    if k.shape != v.shape or k.shape[:2] != q.shape[:2] or k.shape[3] != q.shape[3] or q.shape[2] % k.shape[2]:
+        raise ValueError(
+            f"attention: q {q.shape}, k {k.shape}, v {v.shape} must be [B, T, N, H], [B, T, K, H], [B, T, K, H] "
+            "with N a multiple of K"
+        )
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    candidates = {"cudnn": lambda: cudnn.unsupported_reason(q, segment_ids), "xla": lambda: None}
+    if choose("attention", implementation, candidates) == "cudnn":
+        return cudnn.attention_cudnn(q, k, v, scale)
+    return attention_xla(q, k, v, segment_ids, scale)
+
+
+def cached_attention(
+    q: Float[Array, "B T N H"],
+    k_cache: Float[Array, "B S K H"],
+    v_cache: Float[Array, "B S K H"],
+    start: Int[Array, ""],
+    *,
+    scale: float | None = None,
+) -> Float[Array, "B T N H"]:
+    """Attention of T new tokens to a cache that already holds them: query t stands at index start + t of the S cached
+    keys.
+
+    Args:
+        q: [B, T, N, H]. k_cache, v_cache: [B, S, K, H]; what lies behind index start + t is not seen by query t.
+        start: tokens that were in the cache before. scale: factor on the scores; 1 / sqrt(H) when None.
+
+    Returns:
+        [B, T, N, H] in q's dtype.
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    mask = visible(start + jnp.arange(q.shape[1]), jnp.arange(k_cache.shape[1]), None, None)
+    return attention_reference(q, k_cache, v_cache, mask, scale)

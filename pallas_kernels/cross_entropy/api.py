@@ -1,0 +1,53 @@
+"""Head and cross-entropy: the public function."""
+
+from __future__ import annotations
+
+from jax import Array
+from jaxtyping import Float, Int
+
+from pallas_kernels._dispatch import choose
+from pallas_kernels.cross_entropy.xla import linear_cross_entropy_xla
+
+LOGITS_BUDGET_BYTES = 256 * 2**20
+
+
+def chunk_tokens(vocab_size: int, budget_bytes: int = LOGITS_BUDGET_BYTES) -> int:
+    """Tokens whose float32 logits fit the budget: a power of two, at least 16."""
+    fits = max(16, budget_bytes // (4 * vocab_size))
+    return 1 << (fits.bit_length() - 1)
+
+
+def linear_cross_entropy(
+    hidden: Float[Array, "B T D"],
+    head: Float[Array, "V D"],
+    targets: Int[Array, "B T"],
+    weights: Float[Array, "B T"],
+    *,
+    chunk: int | None = None,
+    implementation: str | None = None,
+) -> Float[Array, ""]:
+    """Sum over tokens of weight * -log softmax(hidden head^T)[target]; only one chunk's logits exist at a time.
+
+    Differentiable in `hidden` only: the head is frozen and no gradient is made for it.
+
+    Args:
+        hidden: [B, T, D], the dtype that products are computed in. head: [V, D], cast to it.
+        targets: int32 [B, T], values in [0, V). weights: float32 [B, T], 0 where a token is not learnt.
+        chunk: tokens whose logits may exist at once, over all rows; None takes what 256 MiB of float32 logits hold.
+        implementation: "xla", or None to choose.
+
+    Returns:
+        The weighted sum, float32.
+
+    Raises:
+        ValueError: shapes do not fit together.
+    """
+    b, t, d = hidden.shape
+    if head.shape[1:] != (d,) or targets.shape != (b, t) or weights.shape != (b, t):
+        raise ValueError(
+            f"linear_cross_entropy: hidden {hidden.shape}, head {head.shape}, targets {targets.shape}, "
+            f"weights {weights.shape} must be [B, T, D], [V, D], [B, T], [B, T]"
+        )
+    choose("linear_cross_entropy", implementation, {"xla": lambda: None})
+    per_row = max(1, min(t, (chunk or chunk_tokens(head.shape[0])) // b))
+    return linear_cross_entropy_xla(hidden, head.astype(hidden.dtype), targets, weights, per_row)

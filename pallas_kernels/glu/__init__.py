@@ -1,0 +1,5 @@
+"""Gated linear unit of the MLP."""
+
+from pallas_kernels.glu.api import glu
+
+__all__ = ["glu"]

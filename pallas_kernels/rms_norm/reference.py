@@ -1,0 +1,14 @@
+"""RMSNorm by its definition (arXiv:1910.07467)."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jax import Array, lax
+from jaxtyping import Float
+
+
+def rms_norm_reference(x: Float[Array, "*M D"], scale: Float[Array, D], eps: float) -> Float[Array, "*M D"]:
+    """x / sqrt(mean(x^2) + eps) * scale: statistics in float32, rounded to x.dtype before the scale, as Llama does."""
+    x_f32 = x.astype(jnp.float32)
+    inverse_rms = lax.rsqrt(jnp.mean(jnp.square(x_f32), axis=-1, keepdims=True) + eps)
+    return (x_f32 * inverse_rms).astype(x.dtype) * scale.astype(x.dtype)

@@ -1,0 +1,196 @@
+"""The train step: what it computes, what it keeps in memory, and that it is one program."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from tiny import accumulated, decoder_config, frozen_tree, lora_tree, packed_batch, random_documents
+
+from jaxtune.config import LoraConfig
+from jaxtune.linear import Adaptation
+from jaxtune.step import StepConfig, accumulate, batch_loss, init_state, jit_train_step, make_mesh
+
+DECODER = decoder_config()
+LORA = LoraConfig(r=4, lora_alpha=8)
+STEP = StepConfig(DECODER, Adaptation(2.0), jnp.float32, remat="none")
+
+
+def loss_and_gradient(config: StepConfig, batch: dict, lora: dict | None = None, key: jax.Array | None = None) -> tuple:
+    lora = lora_tree(config.decoder, LORA) if lora is None else lora
+    frozen = frozen_tree(config.decoder)
+    return jax.jit(lambda lora, frozen, batch: accumulate(lora, frozen, batch, config, key, 1.0))(lora, frozen, batch)
+
+
+def assert_trees_close(actual: dict, expected: dict, relative: float) -> None:
+    """Each leaf within `relative` of the expected leaf's largest element."""
+    jax.tree.map(
+        lambda a, e: np.testing.assert_allclose(a, e, rtol=0, atol=relative * np.abs(e).max()), actual, expected
+    )
+
+
+def test_packed_documents_give_the_loss_and_gradients_of_separate_rows() -> None:
+    documents = random_documents(DECODER, [9, 30, 17, 5, 23, 40])
+    packed = packed_batch(DECODER, documents, rows=3, length=64)
+    separate = packed_batch(DECODER, documents, rows=6, length=40)
+    assert len(np.unique(packed["segment_ids"])) > 2
+    loss, gradient = loss_and_gradient(STEP, accumulated(packed))
+    expected_loss, expected_gradient = loss_and_gradient(STEP, accumulated(separate))
+    unmasked = dataclasses.replace(STEP, packed=False)
+    causal_loss, causal_gradient = loss_and_gradient(unmasked, accumulated(separate))
+    np.testing.assert_allclose([loss, causal_loss], expected_loss, rtol=1e-6)
+    assert_trees_close(gradient, expected_gradient, 1e-5)
+    assert_trees_close(causal_gradient, expected_gradient, 1e-5)
+
+
+def test_a_document_does_not_see_its_neighbours() -> None:
+    documents = random_documents(DECODER, [20, 20])
+    other = [random_documents(DECODER, [20], seed=9)[0], documents[1]]
+    first_not_learnt = [[False] * 20, [True] * 20]
+    batches = [packed_batch(DECODER, docs, rows=1, length=40, learnt=first_not_learnt) for docs in (documents, other)]
+    frozen, lora = frozen_tree(DECODER), lora_tree(DECODER, LORA)
+    losses = [float(batch_loss(lora, frozen, batch, STEP, None)) for batch in batches]
+    assert losses[0] == losses[1]
+    leaky = dataclasses.replace(STEP, packed=False)
+    assert float(batch_loss(lora, frozen, batches[0], leaky, None)) != float(
+        batch_loss(lora, frozen, batches[1], leaky, None)
+    )
+
+
+def test_accumulation_weighs_tokens_not_micro_batches() -> None:
+    documents = random_documents(DECODER, [40, 3, 12, 7])
+    rows = [packed_batch(DECODER, [document], rows=1, length=40) for document in documents]
+
+    def micro_batches(count: int) -> dict:
+        per = len(rows) // count
+        groups = [rows[i * per : (i + 1) * per] for i in range(count)]
+        return accumulated(*({name: np.concatenate([r[name] for r in group]) for name in rows[0]} for group in groups))
+
+    results = {count: loss_and_gradient(STEP, micro_batches(count)) for count in (1, 2, 4)}
+    for count in (2, 4):
+        np.testing.assert_allclose(results[count][0], results[1][0], rtol=1e-6)
+        assert_trees_close(results[count][1], results[1][1], 1e-5)
+
+
+@pytest.mark.parametrize("remat", ["full", "offload"])
+def test_remat_policies_change_nothing_but_memory(remat: str) -> None:
+    batch = accumulated(packed_batch(DECODER, random_documents(DECODER, [30, 20, 25]), rows=2, length=50))
+    loss, gradient = loss_and_gradient(STEP, batch)
+    other_loss, other_gradient = loss_and_gradient(dataclasses.replace(STEP, remat=remat), batch)
+    assert float(loss) == float(other_loss)
+    assert_trees_close(other_gradient, gradient, 1e-6)
+
+
+def test_dropout_repeats_with_its_key_and_survives_remat() -> None:
+    batch = accumulated(packed_batch(DECODER, random_documents(DECODER, [30, 20]), rows=1, length=50))
+    config = dataclasses.replace(STEP, adaptation=Adaptation(2.0, 0.3))
+    key = jax.random.key(5)
+    loss, gradient = loss_and_gradient(config, batch, key=key)
+    again, gradient_again = loss_and_gradient(dataclasses.replace(config, remat="full"), batch, key=key)
+    assert float(loss) == float(again)
+    assert_trees_close(gradient_again, gradient, 1e-6)
+    assert float(loss_and_gradient(config, batch, key=jax.random.key(6))[0]) != float(loss)
+    assert float(loss_and_gradient(config, batch)[0]) == float(loss_and_gradient(STEP, batch)[0])
+
+
+def test_clipping_scales_the_gradient_to_the_norm() -> None:
+    batch = accumulated(packed_batch(DECODER, random_documents(DECODER, [30, 20]), rows=1, length=50))
+    frozen, lora = frozen_tree(DECODER), lora_tree(DECODER, LORA)
+    gradient = loss_and_gradient(STEP, batch, lora)[1]
+    norm = float(optax.global_norm(gradient))
+    optimizer = optax.sgd(1.0)
+    step = jit_train_step(optimizer, dataclasses.replace(STEP, max_grad_norm=norm / 4), make_mesh())
+    # The step donates its state: `lora` is not to be read after it.
+    before = jax.tree.map(np.asarray, lora)
+    state, metrics = step(init_state(lora, optimizer, 0, jnp.float32), frozen, batch)
+    np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=1e-5)
+    change = jax.tree.map(lambda new, old: old - new, state.lora, before)
+    assert_trees_close(change, jax.tree.map(lambda g: g / 4, gradient), 1e-4)
+
+
+def test_float16_skips_an_overflowing_update_and_halves_the_scale() -> None:
+    config = dataclasses.replace(STEP, dtype=jnp.float16)
+    frozen = frozen_tree(DECODER, dtype=jnp.float16)
+    batch = accumulated(packed_batch(DECODER, random_documents(DECODER, [30, 20]), rows=1, length=50))
+    optimizer = optax.adam(1e-3)
+    state = init_state(lora_tree(DECODER, LORA), optimizer, 0, jnp.float16)
+    step = jit_train_step(optimizer, config, make_mesh())
+    before = jax.tree.map(np.asarray, state.lora)
+    huge = state.replace(loss_scale=state.loss_scale.replace(scale=jnp.float32(2.0**24)))
+    state, metrics = step(huge, frozen, batch)
+    assert not np.isfinite(metrics["grad_norm"])
+    assert float(state.loss_scale.scale) == 2.0**23
+    jax.tree.map(np.testing.assert_array_equal, state.lora, before)
+    for _ in range(20):
+        state, metrics = step(state, frozen, batch)
+    assert np.isfinite(metrics["grad_norm"])
+    assert float(state.loss_scale.scale) < 2.0**23
+    assert any(np.any(a != b) for a, b in zip(jax.tree.leaves(state.lora), jax.tree.leaves(before)))
+    exact = loss_and_gradient(STEP, batch)[0]
+    np.testing.assert_allclose(
+        step(init_state(lora_tree(DECODER, LORA), optimizer, 0, jnp.float16), frozen, batch)[1]["loss"],
+        exact,
+        rtol=5e-3,
+    )
+
+
+def test_one_program_for_a_whole_run() -> None:
+    frozen, optimizer = frozen_tree(DECODER), optax.adam(1e-3)
+    state = init_state(lora_tree(DECODER, LORA), optimizer, 0, jnp.float32)
+    step = jit_train_step(optimizer, STEP, make_mesh())
+    for seed in range(3):
+        documents = random_documents(DECODER, [30 + seed, 20 - seed], seed)
+        state, _ = step(state, frozen, accumulated(packed_batch(DECODER, documents, rows=1, length=50)))
+    assert step._cache_size() == 1
+    assert int(state.step) == 3
+
+
+TWO_DEVICES = """
+import json, sys
+import jax, jax.numpy as jnp, numpy as np, optax
+from jaxtune.config import LoraConfig
+from jaxtune.linear import Adaptation
+from jaxtune.step import StepConfig, batch_sharding, init_state, jit_train_step, make_mesh, replicated
+from tiny import accumulated, decoder_config, frozen_tree, lora_tree, packed_batch, random_documents
+decoder = decoder_config()
+batch = accumulated(packed_batch(decoder, random_documents(decoder, [40, 33, 21, 38]), rows=4, length=40))
+curves = []
+for devices in (1, 2):
+    mesh, optimizer = make_mesh(data=devices), optax.adam(1e-2)
+    frozen = jax.device_put(frozen_tree(decoder), replicated(mesh))
+    lora = lora_tree(decoder, LoraConfig(r=4, lora_alpha=8))
+    state = jax.device_put(init_state(lora, optimizer, 0, jnp.float32), replicated(mesh))
+    step = jit_train_step(optimizer, StepConfig(decoder, Adaptation(2.0), jnp.float32), mesh)
+    placed = jax.device_put(batch, batch_sharding(mesh))
+    losses = []
+    for _ in range(4):
+        state, metrics = step(state, frozen, placed)
+        losses.append(float(metrics["loss"]))
+    curves.append(losses)
+    shards = len(placed["tokens"].sharding.device_set)
+    assert shards == devices and step._cache_size() == 1, (shards, step._cache_size())
+print(json.dumps(curves))
+"""
+
+
+def test_two_devices_give_the_curve_of_one() -> None:
+    environment = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
+    run = subprocess.run(
+        [sys.executable, "-c", TWO_DEVICES],
+        env={"PYTHONPATH": ":".join(sys.path), **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    one, two = json.loads(run.stdout.splitlines()[-1])
+    assert one[-1] < one[0]
+    np.testing.assert_allclose(two, one, rtol=1e-5)

@@ -1,0 +1,94 @@
+"""Head and loss as one op against float64 truth: values, gradient, chunks, memory."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.cross_entropy import linear_cross_entropy
+from pallas_kernels.cross_entropy.api import chunk_tokens
+from pallas_kernels.cross_entropy.reference import linear_cross_entropy_reference
+
+B, T, D, V = 3, 29, 20, 211
+
+
+def inputs(dtype: jnp.dtype = jnp.float32) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    rng = np.random.default_rng(0)
+    hidden, head = jnp.asarray(rng.normal(size=(B, T, D)), dtype), jnp.asarray(rng.normal(size=(V, D)), dtype)
+    weights = jnp.asarray(rng.random((B, T)) * (rng.random((B, T)) < 0.7), jnp.float32)
+    return hidden, head, jnp.asarray(rng.integers(0, V, (B, T)), jnp.int32), weights
+
+
+def truth(hidden: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array) -> tuple[float, np.ndarray]:
+    """Loss and its gradient with respect to hidden, in float64."""
+    hidden, head, weights = (np.asarray(x, np.float64) for x in (hidden, head, weights))
+    logits = hidden @ head.T
+    log_z = np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1, keepdims=True)) + logits.max(
+        -1, keepdims=True
+    )
+    one_hot = np.eye(V)[np.asarray(targets)]
+    loss = (weights * (log_z[..., 0] - (logits * one_hot).sum(-1))).sum()
+    return loss, (weights[..., None] * (np.exp(logits - log_z) - one_hot)) @ head
+
+
+@pytest.mark.parametrize("chunk", [None, 1, 12, 87, 1000])
+def test_values_and_gradient(chunk: int | None) -> None:
+    hidden, head, targets, weights = inputs()
+    loss, gradient = jax.value_and_grad(lambda h: 3.0 * linear_cross_entropy(h, head, targets, weights, chunk=chunk))(
+        hidden
+    )
+    expected_loss, expected_gradient = truth(hidden, head, targets, weights)
+    np.testing.assert_allclose(loss, 3 * expected_loss, rtol=1e-6)
+    np.testing.assert_allclose(gradient, 3 * expected_gradient, atol=1e-5)
+    np.testing.assert_allclose(
+        linear_cross_entropy(hidden, head, targets, weights, chunk=chunk), expected_loss, rtol=1e-6
+    )
+
+
+def test_bfloat16_error_is_that_of_the_reference() -> None:
+    hidden, head, targets, weights = inputs(jnp.bfloat16)
+    expected = truth(hidden, head, targets, weights)[1]
+
+    def error(function: object) -> float:
+        gradient = jax.grad(lambda h: function(h, head, targets, weights))(hidden)
+        return float(np.linalg.norm(np.asarray(gradient, np.float64) - expected) / np.linalg.norm(expected))
+
+    assert error(linear_cross_entropy) < 1.5 * error(linear_cross_entropy_reference)
+
+
+def test_tokens_without_weight_get_no_gradient() -> None:
+    hidden, head, targets, weights = inputs()
+    gradient = jax.grad(lambda h: linear_cross_entropy(h, head, targets, weights))(hidden)
+    unlearnt = np.asarray(weights) == 0
+    assert unlearnt.any()
+    assert np.all(np.asarray(gradient)[unlearnt] == 0)
+    assert np.all(np.any(np.asarray(gradient)[~unlearnt] != 0, axis=-1))
+
+
+def test_logits_of_all_tokens_never_exist() -> None:
+    tokens, vocab, width, chunk = 2048, 5000, 16, 128
+    shapes = [
+        ((1, tokens, width), jnp.float32),
+        ((vocab, width), jnp.float32),
+        ((1, tokens), jnp.int32),
+        ((1, tokens), jnp.float32),
+    ]
+    abstract = [jax.ShapeDtypeStruct(*shape) for shape in shapes]
+    step = jax.jit(jax.value_and_grad(lambda *x: linear_cross_entropy(*x, chunk=chunk)))
+    temporaries = step.lower(*abstract).compile().memory_analysis().temp_size_in_bytes
+    chunk_logits, all_logits = 4 * chunk * vocab, 4 * tokens * vocab
+    assert temporaries < 4 * chunk_logits + 4 * 4 * tokens * width < all_logits / 2
+
+
+def test_the_default_chunk_fits_its_budget() -> None:
+    assert chunk_tokens(128256) == 512
+    assert chunk_tokens(49152, 2**20) == 16
+    assert 4 * 49152 * chunk_tokens(49152) <= 256 * 2**20
+
+
+def test_shapes_that_do_not_fit_are_refused() -> None:
+    hidden, head, targets, weights = inputs()
+    with pytest.raises(ValueError, match=r"must be \[B, T, D\]"):
+        linear_cross_entropy(hidden, head, targets[:, 1:], weights)
