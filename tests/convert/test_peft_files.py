@@ -1,0 +1,170 @@
+"""Adapter files against peft itself: it loads ours with equal tensors, we load its."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import peft
+import pytest
+import torch
+import transformers
+
+from convert import peft as adapters
+from convert import safetensors_io as sio
+
+LAYERS, RANK, WIDTH = 3, 5, 24
+OUT_IN = {
+    ("self_attn", "q_proj"): (40, WIDTH),
+    ("self_attn", "k_proj"): (20, WIDTH),
+    ("self_attn", "o_proj"): (WIDTH, 40),
+    ("mlp", "down_proj"): (WIDTH, 36),
+}
+FIELDS = {"r": RANK, "lora_alpha": 7, "base_model_name_or_path": "someone/base", "use_rslora": True}
+
+
+def tiny_llama() -> transformers.LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        hidden_size=WIDTH,
+        intermediate_size=36,
+        num_hidden_layers=LAYERS,
+        vocab_size=11,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=10,
+    )
+    return transformers.LlamaForCausalLM(config)
+
+
+def random_lora(dtype: Any = np.float32) -> dict[str, Any]:
+    rng = np.random.default_rng(11)
+    tree: dict[str, Any] = {"layers": {}}
+    for (group, name), (n, k) in OUT_IN.items():
+        lora_a = rng.standard_normal((LAYERS, RANK, k)).astype(dtype)
+        lora_b = rng.standard_normal((LAYERS, n, RANK)).astype(dtype)
+        tree["layers"].setdefault(group, {})[name] = {"lora_A": lora_a, "lora_B": lora_b}
+    return tree
+
+
+def assert_same_tree(got: dict, want: dict) -> None:
+    assert got.keys() == want.keys()
+    for key, value in want.items():
+        if isinstance(value, dict):
+            assert_same_tree(got[key], value)
+        else:
+            assert got[key].dtype == value.dtype
+            np.testing.assert_array_equal(got[key], value)
+
+
+def test_peft_loads_our_adapter(tmp_path: Path) -> None:
+    lora = random_lora()
+    adapters.save_adapter(tmp_path, lora, FIELDS)
+    model = peft.PeftModel.from_pretrained(tiny_llama(), tmp_path)
+    loaded = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+    assert len(loaded) == 2 * LAYERS * len(OUT_IN)
+    for (group, name), _ in OUT_IN.items():
+        for part in ("lora_A", "lora_B"):
+            for layer in range(LAYERS):
+                tensor = loaded[f"base_model.model.model.layers.{layer}.{group}.{name}.{part}.weight"]
+                np.testing.assert_array_equal(tensor.numpy(), lora["layers"][group][name][part][layer])
+    module = model.base_model.model.model.layers[1].self_attn.q_proj
+    assert module.scaling["default"] == pytest.approx(7 / RANK**0.5)
+    config = model.peft_config["default"]
+    assert config.base_model_name_or_path == "someone/base"
+    assert config.target_modules == {"q_proj", "k_proj", "o_proj", "down_proj"}
+    assert (config.task_type, config.inference_mode) == ("CAUSAL_LM", True)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+def test_our_adapter_round_trips(tmp_path: Path, dtype: Any) -> None:
+    lora = random_lora(dtype)
+    adapters.save_adapter(tmp_path, lora, FIELDS)
+    again, config = adapters.load_adapter(tmp_path)
+    assert_same_tree(again, lora)
+    assert FIELDS.items() <= config.items()
+
+
+def peft_adapter(directory: Path, **changes: Any) -> peft.PeftModel:
+    settings = {"r": RANK, "lora_alpha": 7, "target_modules": ["q_proj", "up_proj"], "task_type": "CAUSAL_LM"}
+    model = peft.get_peft_model(tiny_llama(), peft.LoraConfig(**(settings | changes)))
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter)
+    model.save_pretrained(directory)
+    return model
+
+
+def test_we_load_pefts_adapter(tmp_path: Path) -> None:
+    state = peft.get_peft_model_state_dict(peft_adapter(tmp_path))
+    tree, config = adapters.load_adapter(tmp_path)
+    flat = adapters.to_peft(tree)
+    assert flat.keys() == state.keys()
+    for name, tensor in state.items():
+        np.testing.assert_array_equal(flat[name], tensor.numpy())
+    assert config["lora_alpha"] == 7
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"use_dora": True}, NotImplementedError, "use_dora is True"),
+        ({"rank_pattern": {"q_proj": 2}}, NotImplementedError, "rank_pattern is"),
+        ({"modules_to_save": ["lm_head"]}, NotImplementedError, "modules_to_save is"),
+        ({"layers_to_transform": [0, 2]}, ValueError, r"missing: self_attn.q_proj.lora_A of layers \[1\]"),
+        ({"target_modules": ["lm_head"]}, ValueError, "not known: base_model.model.lm_head.lora_A.weight"),
+    ],
+)
+def test_adapters_that_do_more_are_refused(tmp_path: Path, changes: dict, error: type, message: str) -> None:
+    peft_adapter(tmp_path, **changes)
+    with pytest.raises(error, match=message):
+        adapters.load_adapter(tmp_path)
+
+
+def test_damaged_adapters_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"adapter_config.json is missing"):
+        adapters.load_adapter(tmp_path)
+    lora = random_lora()
+    adapters.save_adapter(tmp_path, lora, FIELDS)
+    adapters.save_adapter(tmp_path, lora, FIELDS | {"r": RANK + 1}, overwrite=True)
+    with pytest.raises(ValueError, match=r"says r = 6, the tensors have ranks \[5\]"):
+        adapters.load_adapter(tmp_path)
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"lora_alpha": 1}))
+    with pytest.raises(ValueError, match="not a LoRA config"):
+        adapters.load_adapter(tmp_path)
+
+
+def test_every_problem_in_one_error() -> None:
+    tensors = adapters.to_peft(random_lora())
+    prefix = "base_model.model.model.layers"
+    del tensors[f"{prefix}.0.self_attn.k_proj.lora_B.weight"]
+    tensors[f"{prefix}.1.mlp.down_proj.lora_A.weight"] = np.zeros((2, 2), np.float32)
+    tensors[f"{prefix}.1.mlp.down_proj.lora_C.weight"] = np.zeros((2, 2), np.float32)
+    with pytest.raises(ValueError) as caught:
+        adapters.from_peft(tensors)
+    lines = str(caught.value).splitlines()[1:]
+    assert lines == [
+        "  not known: base_model.model.model.layers.1.mlp.down_proj.lora_C.weight",
+        "  missing: self_attn.k_proj.lora_B of layers [0]",
+        "  unequal shapes over the layers: mlp.down_proj.lora_A: [(2, 2), (5, 36)]",
+    ]
+    with pytest.raises(ValueError, match="missing: any LoRA weight"):
+        adapters.from_peft({})
+
+
+def test_nothing_is_overwritten_or_left_half_done(tmp_path: Path) -> None:
+    lora = random_lora()
+    adapters.save_adapter(tmp_path / "a", lora, FIELDS)
+    with pytest.raises(ValueError, match="exists; name another place"):
+        adapters.save_adapter(tmp_path / "a", lora, FIELDS)
+    with pytest.raises(ValueError, match="targets no linear"):
+        adapters.save_adapter(tmp_path / "b", {"layers": {}}, FIELDS)
+    assert sorted(file.name for file in tmp_path.rglob("*")) == [
+        "a",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+    assert sio.SafetensorsModel([tmp_path / "a" / adapters.WEIGHTS_NAME]).infos
