@@ -1,8 +1,8 @@
 """Which implementation of an op runs, and why.
 
 Each implementation module offers `unsupported_reason(...) -> str | None` for the arguments at hand; an op's api.py
-passes those to `choose`. A named implementation runs or raises, it never falls back; the automatic choice is logged once,
-with the reason.
+passes those to `choose`. A named implementation runs or raises, it never falls back; the automatic choice is logged
+once, with the reason.
 """
 
 from __future__ import annotations

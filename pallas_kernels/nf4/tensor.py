@@ -1,8 +1,9 @@
 """The packed 4-bit weight: bitsandbytes' NF4 bytes as a JAX pytree.
 
-Format (QLoRA, arXiv:2305.14314, section 3; byte layout as in bitsandbytes' checkpoints): the weight is read row-major over
-[out, in] and cut into blocks of 64 elements. Element 2i of the flattened weight is the high nibble of byte i. Each block has one
-scale, its absolute maximum; with double quantisation the scales are themselves 8-bit, in blocks of 256, about their mean.
+Format (QLoRA, arXiv:2305.14314, section 3; byte layout as in bitsandbytes' checkpoints): the weight is read row-major
+over [out, in] and cut into blocks of 64 elements. Element 2i of the flattened weight is the high nibble of byte i. Each
+block has one scale, its absolute maximum; with double quantisation the scales are themselves 8-bit, in blocks of 256,
+about their mean.
 """
 
 from __future__ import annotations
@@ -21,15 +22,16 @@ ArrayLike = jax.Array | np.ndarray | jax.ShapeDtypeStruct
 class NF4Tensor:
     """A weight [out, in], or a stack of them, packed as NF4.
 
-    Arrays are flat along the weight, so that whole rows can be cut off without decoding; leading axes (layers) may stand before.
-    Leaves may be JAX arrays, NumPy arrays or `ShapeDtypeStruct`s. With out * in = P, blocks = ceil(P / block_size):
+    Arrays are flat along the weight, so that whole rows can be cut off without decoding; leading axes (layers) may
+    stand before. Leaves may be JAX arrays, NumPy arrays or `ShapeDtypeStruct`s. With out * in = P and
+    blocks = ceil(P / block_size):
 
     codes: uint8 [*stack, ceil(P / 2)], two 4-bit codes a byte, high nibble first.
     absmax: float32 [*stack, blocks], or with double quantisation uint8 codes of the same shape.
     nested_absmax: float32 [*stack, ceil(blocks / nested_block_size)], or None without double quantisation.
     nested_offset: float32 [*stack], the mean that was taken off the scales, or None.
     shape: (out, in) of one weight.
-    dtype: the dtype that decoding rounds to, "bfloat16", "float16" or "float32": what the weight was before it was packed.
+    dtype: the dtype that decoding rounds to, "bfloat16", "float16" or "float32": what the weight was before packing.
     block_size, nested_block_size: elements per scale, scales per nested scale.
     nested_dtype: the dtype that decoded scales are rounded to before use (bitsandbytes keeps what the checkpoint says).
     """

@@ -1,0 +1,7 @@
+"""NF4: 4-bit weights in bitsandbytes' format."""
+
+from pallas_kernels.nf4.api import dequantize, quantize
+from pallas_kernels.nf4.reference import DYNAMIC_MAP, NF4_TABLE
+from pallas_kernels.nf4.tensor import NF4Tensor
+
+__all__ = ["DYNAMIC_MAP", "NF4_TABLE", "NF4Tensor", "dequantize", "quantize"]

@@ -1,0 +1,56 @@
+"""A frozen NF4 linear layer: the public function and its gradient."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+from jax import Array
+from jaxtyping import Float
+
+from pallas_kernels._dispatch import choose
+from pallas_kernels.nf4 import NF4Tensor
+from pallas_kernels.nf4_matmul import xla
+
+_FORWARD = {"xla": xla.nf4_matmul_xla}
+_BACKWARD = {"xla": xla.nf4_matmul_transposed_xla}
+
+
+def nf4_matmul(x: Float[Array, "*M K"], w: NF4Tensor, implementation: str | None = None) -> Float[Array, "*M N"]:
+    """y = x W^T, differentiable in x. The weight is frozen: its gradient is zero and is never computed.
+
+    The backward pass decodes the weight again (dX = dY W) and keeps neither x nor a decoded weight for it.
+
+    Args:
+        x: [..., K], bfloat16, float16 or float32; products are of this dtype, sums are float32.
+        w: one packed weight of shape (N, K). For a stack of layers, scan over it.
+        implementation: "xla", or None to choose.
+
+    Returns:
+        [..., N] in x's dtype.
+
+    Raises:
+        ValueError: shapes do not fit, or an unknown implementation.
+        NotImplementedError: the named implementation cannot serve this call; the text says why.
+    """
+    if w.stack_shape:
+        raise ValueError(f"nf4_matmul: w is a stack {w.stack_shape} of weights; take one, or scan over the stack")
+    if x.ndim == 0 or x.shape[-1] != w.shape[1]:
+        raise ValueError(f"nf4_matmul: x {x.shape} must end in {w.shape[1]}, the width of the weight {w.shape}")
+    return _matmul(x, w, choose("nf4_matmul", implementation, {"xla": lambda: xla.unsupported_reason(x, w)}))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _matmul(x: Array, w: NF4Tensor, implementation: str) -> Array:
+    return _FORWARD[implementation](x, w)
+
+
+def _forward(x: Array, w: NF4Tensor, implementation: str) -> tuple[Array, NF4Tensor]:
+    return _matmul(x, w, implementation), w
+
+
+def _backward(implementation: str, w: NF4Tensor, dy: Array) -> tuple[Array, None]:
+    return _BACKWARD[implementation](dy, w), None
+
+
+_matmul.defvjp(_forward, _backward)
