@@ -1,0 +1,1 @@
+"""From a file of records to batches of packed rows: sources -> chat -> packing -> loader."""
