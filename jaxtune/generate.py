@@ -36,11 +36,18 @@ def _generate(
     stop_ids: tuple[int, ...],
 ) -> tuple[Array, Array]:
     """New tokens [max_new_tokens] and how many of them count; `prompt` is [bucket], padded behind prompt_length."""
-    run = partial(hidden_states, frozen, lora, config=config, adaptation=adaptation, dtype=dtype)
+
+    def run(tokens: Array, positions: Array, cache: Cache, start: Array) -> tuple[Array, Cache]:
+        hidden, cache_after = hidden_states(
+            frozen, lora, tokens, positions, None, config, adaptation, dtype=dtype, cache=cache, cache_start=start
+        )
+        assert cache_after is not None
+        return hidden, cache_after
+
     bucket = prompt.shape[0]
     cache = empty_cache(config, 1, bucket + max_new_tokens, dtype)
     # The padding behind the prompt is written into the cache too; each new token overwrites its slot before it is seen.
-    hidden, cache = run(prompt[None], jnp.arange(bucket)[None], None, cache=cache, cache_start=jnp.int32(0))
+    hidden, cache = run(prompt[None], jnp.arange(bucket)[None], cache, jnp.int32(0))
     last = lax.dynamic_slice_in_dim(hidden, prompt_length - 1, 1, axis=1)
     first = jnp.argmax(logits(frozen, last)[0, 0]).astype(jnp.int32)
 
@@ -52,7 +59,7 @@ def _generate(
     def one_more(carry: tuple[Array, Array, Cache]) -> tuple[Array, Array, Cache]:
         count, tokens, cache = carry
         at = prompt_length + count - 1
-        hidden, cache = run(tokens[count - 1][None, None], at[None, None], None, cache=cache, cache_start=at)
+        hidden, cache = run(tokens[count - 1][None, None], at[None, None], cache, at)
         token = jnp.argmax(logits(frozen, hidden)[0, 0]).astype(jnp.int32)
         return count + 1, tokens.at[count].set(token), cache
 

@@ -152,7 +152,7 @@ def train_step(
         key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
     scale = 1.0 if state.loss_scale is None else state.loss_scale.scale
     loss, gradient = accumulate(state.lora, frozen, batch, config, key, scale)
-    norm = optax.global_norm(gradient)
+    norm = optax.tree.norm(gradient)
     metrics = {"loss": loss, "grad_norm": norm}
     if config.max_grad_norm is not None:
         clip = jnp.minimum(1.0, config.max_grad_norm / (norm + 1e-6))
@@ -164,8 +164,8 @@ def train_step(
         keep = partial(jnp.where, finite)
         lora, opt_state = jax.tree.map(keep, (lora, opt_state), (state.lora, state.opt_state))
         metrics["loss_scale"] = state.loss_scale.scale
-        state = state.replace(loss_scale=state.loss_scale.after(finite))
-    return state.replace(step=state.step + 1, lora=lora, opt_state=opt_state), metrics
+        state = dataclasses.replace(state, loss_scale=state.loss_scale.after(finite))
+    return dataclasses.replace(state, step=state.step + 1, lora=lora, opt_state=opt_state), metrics
 
 
 def eval_step(lora: Tree, frozen: Tree, batch: Batch, config: StepConfig) -> tuple[Array, Array]:

@@ -53,7 +53,7 @@ def cached_attention(
     q: Float[Array, "B T N H"],
     k_cache: Float[Array, "B S K H"],
     v_cache: Float[Array, "B S K H"],
-    start: Int[Array, ""],
+    start: Int[Array, ""] | int,
     *,
     scale: float | None = None,
 ) -> Float[Array, "B T N H"]:

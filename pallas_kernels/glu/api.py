@@ -6,7 +6,8 @@ from jax import Array
 from jaxtyping import Float
 
 from pallas_kernels._dispatch import choose
-from pallas_kernels.glu.reference import ACTIVATIONS, glu_reference
+from pallas_kernels.glu.reference import ACTIVATIONS
+from pallas_kernels.glu.xla import glu_xla
 
 
 def glu(
@@ -31,4 +32,4 @@ def glu(
     if activation not in ACTIVATIONS:
         raise ValueError(f"glu: activation {activation!r} is unknown; choose one of {sorted(ACTIVATIONS)}")
     choose("glu", implementation, {"xla": lambda: None})
-    return glu_reference(gate, up, activation)
+    return glu_xla(gate, up, activation)

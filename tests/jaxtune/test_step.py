@@ -16,7 +16,8 @@ from tiny import accumulated, decoder_config, frozen_tree, lora_tree, packed_bat
 
 from jaxtune.config import LoraConfig
 from jaxtune.linear import Adaptation
-from jaxtune.step import StepConfig, accumulate, batch_loss, init_state, jit_train_step, make_mesh
+from jaxtune.lora import init_lora
+from jaxtune.step import StepConfig, accumulate, batch_loss, init_state, jit_train_step, make_mesh, replicated
 
 DECODER = decoder_config()
 LORA = LoraConfig(r=4, lora_alpha=8)
@@ -39,8 +40,9 @@ def assert_trees_close(actual: dict, expected: dict, relative: float) -> None:
 def test_packed_documents_give_the_loss_and_gradients_of_separate_rows() -> None:
     documents = random_documents(DECODER, [9, 30, 17, 5, 23, 40])
     packed = packed_batch(DECODER, documents, rows=3, length=64)
-    separate = packed_batch(DECODER, documents, rows=6, length=40)
-    assert len(np.unique(packed["segment_ids"])) > 2
+    rows = [packed_batch(DECODER, [document], rows=1, length=40) for document in documents]
+    separate = {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
+    assert packed["segment_ids"].max() > 1 == separate["segment_ids"].max()
     loss, gradient = loss_and_gradient(STEP, accumulated(packed))
     expected_loss, expected_gradient = loss_and_gradient(STEP, accumulated(separate))
     unmasked = dataclasses.replace(STEP, packed=False)
@@ -104,7 +106,7 @@ def test_clipping_scales_the_gradient_to_the_norm() -> None:
     batch = accumulated(packed_batch(DECODER, random_documents(DECODER, [30, 20]), rows=1, length=50))
     frozen, lora = frozen_tree(DECODER), lora_tree(DECODER, LORA)
     gradient = loss_and_gradient(STEP, batch, lora)[1]
-    norm = float(optax.global_norm(gradient))
+    norm = float(optax.tree.norm(gradient))
     optimizer = optax.sgd(1.0)
     step = jit_train_step(optimizer, dataclasses.replace(STEP, max_grad_norm=norm / 4), make_mesh())
     # The step donates its state: `lora` is not to be read after it.
@@ -142,14 +144,55 @@ def test_float16_skips_an_overflowing_update_and_halves_the_scale() -> None:
 
 
 def test_one_program_for_a_whole_run() -> None:
-    frozen, optimizer = frozen_tree(DECODER), optax.adam(1e-3)
-    state = init_state(lora_tree(DECODER, LORA), optimizer, 0, jnp.float32)
-    step = jit_train_step(optimizer, STEP, make_mesh())
+    frozen, optimizer, mesh = frozen_tree(DECODER), optax.adam(1e-3), make_mesh()
+    state = jax.device_put(init_state(lora_tree(DECODER, LORA), optimizer, 0, jnp.float32), replicated(mesh))
+    step = jit_train_step(optimizer, STEP, mesh)
     for seed in range(3):
         documents = random_documents(DECODER, [30 + seed, 20 - seed], seed)
         state, _ = step(state, frozen, accumulated(packed_batch(DECODER, documents, rows=1, length=50)))
     assert step._cache_size() == 1
     assert int(state.step) == 3
+
+
+def temporaries(remat: str, *, layers: int, vocab: int) -> int:
+    """Temporary bytes of a compiled train step over 128 tokens."""
+    decoder = decoder_config(
+        hidden_size=256,
+        intermediate_size=512,
+        head_dim=64,
+        num_layers=layers,
+        vocab_size=vocab,
+        tie_word_embeddings=True,
+    )
+    optimizer, config = optax.adam(1e-3), StepConfig(decoder, Adaptation(2.0), jnp.float32, remat=remat, loss_chunk=16)
+    frozen = jax.eval_shape(lambda: frozen_tree(decoder))
+    state = jax.eval_shape(lambda: init_state(init_lora(LORA, decoder), optimizer, 0, jnp.float32))
+    batch = accumulated(packed_batch(decoder, [[1] * 128], rows=1, length=128))
+    return (
+        jit_train_step(optimizer, config, make_mesh())
+        .lower(state, frozen, batch)
+        .compile()
+        .memory_analysis()
+        .temp_size_in_bytes
+    )
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_no_dense_copy_of_the_weights_and_no_second_copy_of_the_packed_ones(remat: str) -> None:
+    growth = temporaries(remat, layers=12, vocab=64) - temporaries(remat, layers=4, vocab=64)
+    weights_per_layer = 2 * 256 * 256 + 2 * 128 * 256 + 3 * 256 * 512
+    # float32 values per token and layer. full: the layer's input. none: five of the model's width (both inputs of norms,
+    # both normalised, attention's output), q, k, v, three of the MLP's width, two norms' statistics.
+    kept = {"full": 256, "none": 5 * 256 + (4 + 2 + 2) * 64 + 3 * 512 + 2}[remat] * 4 * 128
+    adapter_gradients = 4 * 2 * sum(r * 4 for r in (512, 384, 384, 512, 768, 768, 768))
+    # An eighth of the packed bytes is far less than one copy of them, which is an eighth of a dense one.
+    assert growth < 8 * (kept + adapter_gradients + weights_per_layer / 2 / 8)
+
+
+def test_logits_are_not_held() -> None:
+    growth = temporaries("full", layers=2, vocab=8192) - temporaries("full", layers=2, vocab=4096)
+    chunk_logits, all_logits = 4 * 16 * 4096, 4 * 128 * 4096
+    assert growth < 4 * chunk_logits < all_logits
 
 
 TWO_DEVICES = """
