@@ -1,0 +1,163 @@
+"""Read a model from a GGUF file: configuration, tokenizer, and tensors under their Hugging Face names."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, dequantize
+from transformers import PreTrainedTokenizerFast
+
+from convert.gguf.config import Metadata, check_architecture, kv_heads, llama_config
+from convert.gguf.header import RawTensor, parse_header
+from convert.gguf.names import ROPE_FACTORS, hf_name
+from convert.gguf.tokenizer import build_tokenizer
+from convert.safetensors_io import TensorInfo
+
+_ROWS_AT_ONCE = 512
+_DENSE = {
+    GGMLQuantizationType.F32: np.dtype(np.float32),
+    GGMLQuantizationType.F16: np.dtype(np.float16),
+    GGMLQuantizationType.BF16: np.dtype(ml_dtypes.bfloat16),
+}
+
+
+@dataclass(frozen=True)
+class GgufTensorInfo(TensorInfo):
+    """What `GgufFile.read` returns of one tensor, dtype and shape, and `type`: how the file holds it."""
+
+    type: GGMLQuantizationType
+
+
+class GgufFile:
+    """A Llama model in a GGUF file, memory-mapped: nothing is decoded before it is asked for.
+
+    Attributes:
+        path: The file.
+        metadata: Every key of the file's header; arrays of numbers are NumPy arrays.
+        tensors: By Hugging Face name ("model.layers.0.self_attn.q_proj.weight"), in the order of the file.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        """Map and check the file.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            ValueError: Not a GGUF file, truncated, of another architecture, or with tensors that no Llama model has.
+            NotImplementedError: A mixture of experts or one part of a split file.
+        """
+        self.path = Path(path)
+        # mmap refuses an empty file with an error of its own.
+        self._data = np.memmap(self.path, np.uint8, "r") if self.path.stat().st_size else np.empty(0, np.uint8)
+        metadata, raw = parse_header(self._data.data, self.path)
+        self.metadata = Metadata(metadata, self.path)
+        check_architecture(self.metadata)
+        self._rope_factors = raw.pop(ROPE_FACTORS, None)
+        self._raw = {_checked_name(name, tensor, self.path): tensor for name, tensor in raw.items()}
+        self.tensors = {
+            name: GgufTensorInfo(_DENSE.get(tensor.type, np.dtype(np.float32)), tensor.shape, tensor.type)
+            for name, tensor in self._raw.items()
+        }
+
+    @cached_property
+    def hf_config(self) -> dict[str, Any]:
+        """The model's `config.json`; see `convert.gguf.config.llama_config`."""
+        embedding = self._raw.get("model.embed_tokens.weight")
+        if embedding is None:
+            raise ValueError(f"{self.path}: tensor token_embd.weight is missing; pass a file that holds a whole model")
+        return llama_config(
+            self.metadata,
+            vocab_size=embedding.shape[0],
+            tied="lm_head.weight" not in self._raw,
+            attention_bias="model.layers.0.self_attn.q_proj.bias" in self._raw,
+            mlp_bias="model.layers.0.mlp.gate_proj.bias" in self._raw,
+            rope_factors=None if self._rope_factors is None else self._decode(self._rope_factors),
+        )
+
+    @property
+    def chat_template(self) -> str | None:
+        """The Jinja source of the default chat template, if the file has one."""
+        return self.metadata.get("tokenizer.chat_template")
+
+    def read(self, name: str) -> np.ndarray:
+        """Decode one tensor.
+
+        Args:
+            name: A key of `tensors`.
+
+        Returns:
+            [out, in] (or [out]) in Hugging Face's order of rows: float16 and bfloat16 as stored, all else float32.
+            Unquantised tensors may be read-only views of the file.
+        """
+        heads = None
+        if ".q_proj." in name:
+            heads = self.metadata.uniform("llama.attention.head_count")
+        elif ".k_proj." in name:
+            heads = kv_heads(self.metadata)
+        return self._decode(self._raw[name], heads)
+
+    def build_tokenizer(self) -> PreTrainedTokenizerFast:
+        """Build the tokenizer that the metadata describe; see `convert.gguf.tokenizer.build_tokenizer`."""
+        return build_tokenizer(self.metadata)
+
+    def _decode(self, tensor: RawTensor, rotary_heads: int | None = None) -> np.ndarray:
+        rows = np.asarray(self._data[tensor.offset : tensor.offset + tensor.nbytes])
+        dense = tensor.type in _DENSE
+        rows = rows.view(_DENSE[tensor.type]) if dense else rows
+        rows = rows.reshape(tensor.shape if dense else (*tensor.shape[:-1], tensor.row_bytes))
+        if rotary_heads is not None:
+            rows = _unpermute(rows, rotary_heads)
+        if dense:
+            return rows
+        decoded = np.empty(tensor.shape, np.float32)
+        # In parts, since dequantize holds what it returns twice.
+        for start in range(0, len(rows), _ROWS_AT_ONCE):
+            part = slice(start, start + _ROWS_AT_ONCE)
+            decoded[part] = dequantize(rows[part], tensor.type)
+        return decoded
+
+
+def open_gguf(path: str | os.PathLike[str]) -> GgufFile:
+    """Open a GGUF file; raises as `GgufFile` does."""
+    return GgufFile(path)
+
+
+def _unpermute(rows: np.ndarray, heads: int) -> np.ndarray:
+    """Bring the rows of q or k from llama.cpp's order to Hugging Face's.
+
+    llama.cpp rotates neighbouring rows (2i, 2i + 1) of a head, Hugging Face rows i and i + H / 2: GGUF files of Llama
+    models hold the rows interleaved. Blocks of quantised types lie inside a row, so whole rows move undecoded.
+    """
+    return rows.reshape(heads, rows.shape[0] // heads // 2, 2, -1).swapaxes(1, 2).reshape(rows.shape)
+
+
+def _checked_name(name: str, tensor: RawTensor, path: Path) -> str:
+    """Return the Hugging Face name of a tensor, if a Llama model has it and it can be decoded."""
+    translated = hf_name(name)
+    if translated is None:
+        raise ValueError(f"{path}: a Llama model has no tensor {name!r}; load the model's safetensors instead")
+    if tensor.type not in _decodable_types():
+        supported = ", ".join(kind.name for kind in _decodable_types())
+        raise ValueError(
+            f"{path}: tensor {name!r} has type {tensor.type.name}; supported: {supported}. "
+            "Quantise the model to one of them"
+        )
+    return translated
+
+
+@cache
+def _decodable_types() -> tuple[GGMLQuantizationType, ...]:
+    """The types that the installed gguf package can decode; it has no list of them."""
+    decodable = []
+    for kind in GGMLQuantizationType:
+        try:
+            dequantize(np.zeros((1, GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
+        except NotImplementedError:
+            continue
+        decodable.append(kind)
+    return tuple(decodable)
