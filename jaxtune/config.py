@@ -3,9 +3,71 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+import difflib
+import math
+import re
+import typing
+from typing import Any, Literal
+
+from jaxtune.errors import UserError
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+_TYPE_NAMES = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text (quote it where YAML reads it as something else)",
+}
+
+
+def nearest(name: str, known: typing.Iterable[str]) -> str | None:
+    """The known name that `name` was probably meant to be."""
+    return next(iter(difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)), None)
+
+
+def _typed(key: str, value: Any, expected: Any) -> Any:
+    """`value` as the annotated type of `key`: whole numbers become floats and lists tuples where those are expected."""
+    choices = typing.get_args(expected)
+    if type(None) in choices:
+        if value is None:
+            return None
+        (expected,) = (choice for choice in choices if choice is not type(None))
+        choices = typing.get_args(expected)
+    if typing.get_origin(expected) is Literal:
+        if value not in choices:
+            guess = nearest(value, choices) if isinstance(value, str) else None
+            hint = f"; did you mean {guess}?" if guess else ""
+            raise UserError(f"{key} is {value!r}; it must be one of {', '.join(choices)}{hint}")
+        return value
+    if typing.get_origin(expected) is tuple:
+        if not isinstance(value, list | tuple):
+            raise UserError(f"{key} is {value!r}; it must be a list of text, such as [first, second]")
+        return tuple(_typed(f"{key}[{i}]", item, choices[0]) for i, item in enumerate(value))
+    if expected is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if not isinstance(value, expected) or (isinstance(value, bool) and expected is not bool):
+        raise UserError(f"{key} is {value!r}, of type {type(value).__name__}; it must be {_TYPE_NAMES[expected]}")
+    if expected is float and not math.isfinite(value):
+        raise UserError(f"{key} is {value}; set it to a finite number")
+    if expected is str and not value.strip():
+        raise UserError(f"{key} is empty; write a value, or leave the key out for its default if it has one")
+    return value
+
+
+def _check_types(section: str, config: Any) -> None:
+    hints = typing.get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        value = _typed(f"{section}.{field.name}", getattr(config, field.name), hints[field.name])
+        object.__setattr__(config, field.name, value)
+
+
+def _check_range(section: str, config: Any, names: str, test: typing.Callable[[Any], bool], rule: str) -> None:
+    """Apply one rule to several fields, given as words; None, where the type admits it, is always in range."""
+    for name in names.split():
+        value = getattr(config, name)
+        if value is not None and not test(value):
+            raise UserError(f"{section}.{name} is {value}; set it to {rule}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +91,31 @@ class ModelConfig:
     double_quant: bool = True
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
 
+    def __post_init__(self) -> None:
+        _check_types("model", self)
+        packaged = self.name_or_path.startswith("package:")
+        if packaged and not re.fullmatch(r"package:\w+/.+", self.name_or_path):
+            raise UserError(
+                f"model.name_or_path is {self.name_or_path!r}; after package: it must name an importable package and a "
+                "file in it, as in package:some_package/model.gguf"
+            )
+        if self.sha256 is not None:
+            if not re.fullmatch(r"[0-9a-fA-F]{64}", self.sha256):
+                raise UserError(
+                    f"model.sha256 is {self.sha256!r}; it must be 64 hexadecimal digits, as sha256sum prints them"
+                )
+            object.__setattr__(self, "sha256", self.sha256.lower())
+            if not packaged and not self.name_or_path.endswith(".gguf"):
+                raise UserError(
+                    f"model.sha256 is set, but model.name_or_path {self.name_or_path!r} is no single file; remove "
+                    "model.sha256 (model.revision pins a hub model)"
+                )
+        if self.revision is not None and (packaged or self.name_or_path.endswith(".gguf")):
+            raise UserError(
+                f"model.revision is {self.revision!r}, but model.name_or_path {self.name_or_path!r} is a file; remove "
+                "model.revision (model.sha256 pins a file)"
+            )
+
 
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
@@ -46,6 +133,21 @@ class LoraConfig:
     use_rslora: bool = False
     dtype: Literal["fp32", "bf16"] = "fp32"
     seed: int = 3407
+
+    def __post_init__(self) -> None:
+        _check_types("lora", self)
+        _check_range("lora", self, "r", lambda x: x >= 1, "1 or more")
+        _check_range("lora", self, "lora_alpha", lambda x: x > 0, "more than 0 (twice lora.r is common)")
+        _check_range("lora", self, "lora_dropout", lambda x: 0 <= x < 1, "at least 0 (no dropout) and below 1")
+        _check_range("lora", self, "seed", lambda x: 0 <= x < 2**32, "at least 0 and below 2**32")
+        names = self.target_modules
+        if not names:
+            raise UserError(f"lora.target_modules is empty; name at least one of {', '.join(LINEARS)}")
+        for name in names:
+            if name not in LINEARS:
+                raise UserError(f"lora.target_modules has {name!r}; its members must be among {', '.join(LINEARS)}")
+            if names.count(name) > 1:
+                raise UserError(f"lora.target_modules has {name} {names.count(name)} times; name each linear once")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +176,10 @@ class DataConfig:
     overlong: Literal["error", "drop", "truncate"] = "error"
     shuffle: bool = True
 
+    def __post_init__(self) -> None:
+        _check_types("data", self)
+        _check_range("data", self, "max_length", lambda x: x >= 8, "8 tokens or more")
+
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
@@ -84,7 +190,8 @@ class TrainConfig:
     learning_rate: peak. lr_scheduler_type: constant, linear or cosine (to zero) after warmup_steps of linear warmup.
     optim: adamw (fp32 state) or adamw_8bit (bitsandbytes' block-wise 8-bit state).
     max_grad_norm: global-norm clipping; None for no clipping.
-    remat: what the backward pass recomputes: none, full (all of a layer), or offload (full, layer inputs in host memory).
+    remat: what the backward pass recomputes: none, full (all of a layer), or offload (full, layer inputs in host
+        memory).
     loss_chunk: tokens per chunk of the head and loss; None chooses from the vocabulary.
     eval_steps: updates between held-out losses (also measured before and after); None for those two only.
     """
@@ -108,6 +215,16 @@ class TrainConfig:
     logging_steps: int = 1
     eval_steps: int | None = None
 
+    def __post_init__(self) -> None:
+        _check_types("train", self)
+        counts = "batch_size gradient_accumulation_steps max_steps loss_chunk logging_steps eval_steps"
+        _check_range("train", self, counts, lambda x: x >= 1, "1 or more")
+        _check_range("train", self, "num_train_epochs learning_rate adam_epsilon", lambda x: x > 0, "more than 0")
+        _check_range("train", self, "max_grad_norm", lambda x: x > 0, "more than 0, or to null for no clipping")
+        _check_range("train", self, "warmup_steps weight_decay", lambda x: x >= 0, "0 or more")
+        _check_range("train", self, "adam_beta1 adam_beta2", lambda x: 0 <= x < 1, "at least 0 and below 1")
+        _check_range("train", self, "seed", lambda x: 0 <= x < 2**32, "at least 0 and below 2**32")
+
 
 @dataclasses.dataclass(frozen=True)
 class OutputConfig:
@@ -126,6 +243,10 @@ class OutputConfig:
     sample_tokens: int = 64
     compile_cache: str | None = "~/.cache/jaxtune/compiled"
 
+    def __post_init__(self) -> None:
+        _check_types("output", self)
+        _check_range("output", self, "save_steps save_total_limit sample_tokens", lambda x: x >= 1, "1 or more")
+
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
@@ -134,6 +255,10 @@ class MeshConfig:
     data: int = 1
     fsdp: int = 1
     tensor: int = 1
+
+    def __post_init__(self) -> None:
+        _check_types("mesh", self)
+        _check_range("mesh", self, "data fsdp tensor", lambda x: x >= 1, "1 or more devices")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,3 +271,32 @@ class RunConfig:
     lora: LoraConfig = LoraConfig()
     train: TrainConfig = TrainConfig()
     mesh: MeshConfig = MeshConfig()
+
+    def __post_init__(self) -> None:
+        for name, section in typing.get_type_hints(RunConfig).items():
+            if not isinstance(getattr(self, name), section):
+                raise UserError(
+                    f"{name} is {getattr(self, name)!r}; it must be a section, given as a {section.__name__}"
+                )
+        for axis in ("fsdp", "tensor"):
+            if getattr(self.mesh, axis) > 1:
+                raise UserError(
+                    f"mesh.{axis} is {getattr(self.mesh, axis)}; this release spreads a run along mesh.data only: set "
+                    f"mesh.{axis} to 1"
+                )
+        train, devices = self.train, self.mesh.data * self.mesh.fsdp
+        if train.batch_size % devices:
+            raise UserError(
+                f"train.batch_size is {train.batch_size}, which mesh.data * mesh.fsdp = {devices} does not divide; set "
+                f"train.batch_size to a multiple of {devices}, or change the mesh"
+            )
+        if train.max_steps is not None and train.warmup_steps >= train.max_steps:
+            raise UserError(
+                f"train.warmup_steps is {train.warmup_steps}, but train.max_steps is {train.max_steps}: the learning "
+                "rate would never reach its peak; set train.warmup_steps below train.max_steps"
+            )
+        if train.eval_steps is not None and self.data.eval is None:
+            raise UserError(
+                f"train.eval_steps is {train.eval_steps}, but data.eval names no held-out data; set data.eval, or "
+                "remove train.eval_steps"
+            )

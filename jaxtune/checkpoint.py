@@ -1,0 +1,241 @@
+"""Checkpoints of a run, on Orbax: adapter, optimizer state, step and data position; never the base model.
+
+A checkpoint is a directory named by its step. In it, `state/` is Orbax's, with the state as nested dicts of arrays, and
+`meta.json` has the run's description, the arrays' shapes and dtypes, and a CRC-32 of each of Orbax's files. It is
+written under a temporary name, flushed to the disk and renamed, so a directory with a step for a name is complete.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import warnings
+import zlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from jaxtune.config import RunConfig
+from jaxtune.config_io import determining, diff, fingerprint, from_dict, to_dict
+from jaxtune.errors import UserError
+
+_TEMPORARY = ".tmp-"
+# Where model and data come from: their content has fingerprints of its own, so they may move.
+_LOCATIONS = {"model.name_or_path", "model.revision", "model.sha256", "data.train"}
+
+
+class CorruptCheckpointError(UserError):
+    """A checkpoint that cannot be read back as it was written."""
+
+
+class Checkpoints:
+    """The checkpoints of one run.
+
+    directory: made when first saved to. keep_last: complete checkpoints kept, at least 1.
+    """
+
+    def __init__(self, directory: str | Path, keep_last: int = 2) -> None:
+        assert keep_last >= 1, keep_last
+        self.directory = Path(directory).expanduser().absolute()
+        self.keep_last = keep_last
+
+    def steps(self) -> list[int]:
+        """Steps with a complete checkpoint, in order."""
+        return sorted(int(path.name) for path in self.directory.glob("[0-9]*") if path.name.isdecimal())
+
+    def latest(self) -> int | None:
+        """The newest complete checkpoint's step; None where there is none."""
+        return max(self.steps(), default=None)
+
+    def save(self, step: int, state: Any, meta: Mapping[str, Any]) -> Path:
+        """Write `state`, any pytree of arrays, and `meta`, any JSON. On return it is on the disk and is the latest.
+
+        Only then are older checkpoints thinned to `keep_last`, and later ones deleted, which belong to a continuation
+        that a resume from an earlier step has abandoned. Keys of jax.random are stored as their raw data.
+        """
+        path, temporary = self.directory / str(step), self.directory / f"{_TEMPORARY}{step}"
+        named = _named_leaves(state)
+        host = jax.device_get({name: jax.random.key_data(x) if _is_key(x) else x for name, x in named.items()})
+        leaves = {name: _describe(x) for name, x in named.items()}
+        key_impls = {name: str(jax.random.key_impl(x)) for name, x in named.items() if _is_key(x)}
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            for leftover in self.directory.glob(f"{_TEMPORARY}*"):
+                shutil.rmtree(leftover)
+            with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+                tree = unflatten_dict(host, sep="/")
+                checkpointer.save(temporary / "state", args=ocp.args.StandardSave(tree))
+            record = {"format": 1, "step": step, "meta": dict(meta), "leaves": leaves, "key_impls": key_impls}
+            record["files"] = _file_checksums(temporary / "state")
+            (temporary / "meta.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
+            for written in [*temporary.rglob("*"), temporary]:
+                _flush(written)
+            if path.exists():
+                self._discard(path)
+            temporary.rename(path)
+            _flush(self.directory)
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"cannot write the checkpoint {path}: {error}; earlier ones are untouched. Make room there, or change "
+                "output.dir"
+            ) from error
+        kept = [other for other in self.steps() if other <= step][-self.keep_last :]
+        for other in set(self.steps()) - set(kept):
+            self._discard(self.directory / str(other))
+        return path
+
+    def _discard(self, path: Path) -> None:
+        """Delete a checkpoint such that a half-deleted one has no step for a name."""
+        doomed = path.rename(self.directory / f"{_TEMPORARY}discarded-{path.name}")
+        shutil.rmtree(doomed)
+
+    def read_meta(self, step: int) -> dict[str, Any]:
+        """What was given to `save` as meta, and `step`."""
+        return {"step": step, **self._read_record(step)["meta"]}
+
+    def _read_record(self, step: int) -> dict[str, Any]:
+        path = self.directory / str(step)
+        if not path.is_dir():
+            have = ", ".join(map(str, self.steps())) or "none"
+            raise UserError(f"there is no checkpoint of step {step} in {self.directory}; it has: {have}")
+        try:
+            record = json.loads((path / "meta.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise CorruptCheckpointError(f"the checkpoint {path} is damaged: meta.json: {error}") from error
+        if not isinstance(record, dict) or record.get("format") != 1:
+            raise UserError(
+                f"{path / 'meta.json'} is not of format 1, which this release reads; use the one it is from"
+            )
+        return record
+
+    def restore(self, step: int, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
+        """Read one checkpoint, bit for bit.
+
+        Args:
+            step: which one.
+            abstract_state: a pytree of arrays or jax.ShapeDtypeStruct like the one saved; arrays go to its shardings.
+
+        Returns:
+            The state, with the structure of `abstract_state`, and the meta as `read_meta` gives it.
+
+        Raises:
+            CorruptCheckpointError: a file is missing or changed.
+            UserError: no such checkpoint, or one of a state with other arrays.
+        """
+        record, path = self._read_record(step), self.directory / str(step)
+        wanted, found = _named_leaves(abstract_state), record["leaves"]
+        problems = [f"{name} is not in it" for name in wanted if name not in found]
+        problems += [f"{name} is not in the run's state" for name in found if name not in wanted]
+        for name in wanted.keys() & found.keys():
+            if (now := _describe(wanted[name])) != found[name]:
+                problems.append(f"{name} is {found[name]} in it, {now} now")
+        if problems:
+            lines = "\n  ".join(sorted(problems))
+            raise UserError(
+                f"the checkpoint {path} is of another kind of run:\n  {lines}\n"
+                "Resume with the configuration it was written with, or start a new run in another output.dir"
+            )
+        files = _file_checksums(path / "state")
+        for name, checksum in record["files"].items():
+            if files.get(name) != checksum:
+                what = "has changed since it was written" if name in files else "is missing"
+                raise CorruptCheckpointError(f"the checkpoint {path} is damaged: state/{name} {what}")
+        with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+            host = flatten_dict(checkpointer.restore(path / "state"), sep="/")
+        leaves = [_place(host[name], like, record["key_impls"].get(name)) for name, like in wanted.items()]
+        return jax.tree.unflatten(jax.tree.structure(abstract_state), leaves), {"step": step, **record["meta"]}
+
+    def restore_latest(
+        self, abstract_state: Any, check: Callable[[dict[str, Any]], None] | None = None
+    ) -> tuple[Any, dict[str, Any]]:
+        """`restore` the newest checkpoint that can be read; each newer one passed over gives a warning that says why.
+
+        check: called with the meta before any array is read, to raise where the run is another (`check_compatible`).
+        """
+        for step in reversed(self.steps()):
+            try:
+                if check is not None:
+                    check(self.read_meta(step))
+                return self.restore(step, abstract_state)
+            except CorruptCheckpointError as error:
+                warnings.warn(f"{error}. Falling back to the checkpoint before it", stacklevel=2)
+        raise UserError(f"there is no readable checkpoint in {self.directory}; start a new run, without resume")
+
+
+def run_meta(config: RunConfig, data_fingerprint: str, model_fingerprint: str, **extra: Any) -> dict[str, Any]:
+    """The meta of a run's checkpoint: what `check_compatible` compares, and `extra` such as the data position."""
+    return {
+        "config": to_dict(config),
+        "config_fingerprint": fingerprint(config),
+        "data_fingerprint": data_fingerprint,
+        "model_fingerprint": model_fingerprint,
+        **extra,
+    }
+
+
+def check_compatible(meta: Mapping[str, Any], config: RunConfig, data_fingerprint: str, model_fingerprint: str) -> None:
+    """Raise UserError, naming every difference, where going on from `meta` would not continue the same run."""
+    try:
+        saved = from_dict(meta["config"])
+        contents = [("data", meta["data_fingerprint"], data_fingerprint)]
+        contents += [("base model", meta["model_fingerprint"], model_fingerprint)]
+    except (UserError, KeyError) as error:
+        raise UserError(f"cannot resume: this release does not read the checkpoint's configuration: {error}") from error
+    keys = (determining(saved).keys() | determining(config).keys()) - _LOCATIONS
+    changes = [f"{key}: {then!r} then, {now!r} now" for key, (then, now) in diff(saved, config).items() if key in keys]
+    changes += [f"the {name}'s content: {then} then, {now} now" for name, then, now in contents if then != now]
+    if changes:
+        lines = "\n  ".join(changes)
+        raise UserError(
+            f"cannot resume: the checkpoint of step {meta['step']} is of a run that differs in\n  {lines}\n"
+            "Undo these changes, or start a new run in another output.dir"
+        )
+
+
+def _named_leaves(tree: Any) -> dict[str, Any]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    named = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+    assert len(named) == len(leaves), "two leaves of one name"
+    return named
+
+
+def _is_key(leaf: Any) -> bool:
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _describe(leaf: Any) -> str:
+    return f"{leaf.dtype}{list(leaf.shape)}"
+
+
+def _place(array: np.ndarray, like: Any, key_impl: str | None) -> jax.Array:
+    value = array if key_impl is None else jax.random.wrap_key_data(jnp.asarray(array), impl=key_impl)
+    return jax.device_put(value, getattr(like, "sharding", None))
+
+
+def _file_checksums(root: Path) -> dict[str, int]:
+    """CRC-32 of every file below `root`, by relative path."""
+    checksums = {}
+    for path in sorted(root.rglob("*")):
+        if path.is_file():
+            value = 0
+            with path.open("rb") as file:
+                while chunk := file.read(1 << 24):
+                    value = zlib.crc32(chunk, value)
+            checksums[path.relative_to(root).as_posix()] = value
+    return checksums
+
+
+def _flush(path: Path) -> None:
+    """Have the operating system write a file, or a directory's entries, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
