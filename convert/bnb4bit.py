@@ -1,0 +1,211 @@
+"""bitsandbytes' 4-bit checkpoints: the tensors of one packed weight <-> NF4Tensor, and the config that announces them.
+
+Format: beside `NAME` (uint8 [bytes, 1]) stand `NAME.absmax`, `NAME.quant_map`, with double quantisation
+`NAME.nested_absmax` and `NAME.nested_quant_map`, and `NAME.quant_state.bitsandbytes__nf4`, a JSON object as uint8. What
+`pack` read, `unpack` writes byte for byte.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from pallas_kernels.nf4 import DYNAMIC_MAP, NF4_TABLE, NF4Tensor
+
+_STATE = ".quant_state.bitsandbytes__nf4"
+_FP4_STATE = ".quant_state.bitsandbytes__fp4"
+_STATE_KEYS = {"quant_type", "blocksize", "dtype", "shape"}
+_NESTED_STATE_KEYS = {"nested_blocksize", "nested_dtype", "nested_offset"}
+_DTYPES = ("bfloat16", "float16", "float32")
+_BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+# The dynamic map is computed when a checkpoint is made, and its last bits depend on that processor.
+_MAP_TOLERANCE = 5e-7
+
+
+def is_packed(name: str, names: Collection[str]) -> bool:
+    """Whether the weight `name` of a checkpoint with the tensors `names` is stored in 4 bits."""
+    return name + _STATE in names or name + _FP4_STATE in names
+
+
+def pack(name: str, tensors: Mapping[str, np.ndarray]) -> NF4Tensor:
+    """Reads one packed weight.
+
+    Args:
+        name: the weight's full name, such as "model.layers.0.mlp.up_proj.weight".
+        tensors: the checkpoint, or at least the tensors whose names begin with `name`.
+
+    Returns:
+        The weight with NumPy leaves, sharing memory with `tensors` where it can.
+
+    Raises:
+        ValueError: a part is missing, has a wrong shape or dtype, or contradicts the format.
+        NotImplementedError: FP4, or a packed array that is no matrix.
+    """
+    state = _read_state(name, tensors)
+    shape, block_size = tuple(state["shape"]), state["blocksize"]
+    blocks = -(-math.prod(shape) // block_size)
+    _check_map(name + ".quant_map", tensors, NF4_TABLE)
+    # The storage dtype may be another one that the same bytes are viewed as.
+    codes = np.ascontiguousarray(_part(name, tensors)).reshape(-1).view(np.uint8)
+    if codes.size != -(-math.prod(shape) // 2):
+        raise _damaged(name, f"{codes.size} bytes of codes do not make a weight of shape {shape}")
+    if "nested_offset" not in state:
+        absmax = _part(name + ".absmax", tensors, np.float32, blocks)
+        return NF4Tensor(codes, absmax, None, None, shape, state["dtype"], block_size)
+    _check_map(name + ".nested_quant_map", tensors, DYNAMIC_MAP)
+    nested_blocks = -(-blocks // state["nested_blocksize"])
+    return NF4Tensor(
+        codes=codes,
+        absmax=_part(name + ".absmax", tensors, np.uint8, blocks),
+        nested_absmax=_part(name + ".nested_absmax", tensors, np.float32, nested_blocks),
+        nested_offset=np.asarray(state["nested_offset"], np.float32),
+        shape=shape,
+        dtype=state["dtype"],
+        block_size=block_size,
+        nested_block_size=state["nested_blocksize"],
+        nested_dtype=state["nested_dtype"],
+    )
+
+
+def unpack(name: str, weight: NF4Tensor) -> dict[str, np.ndarray]:
+    """The tensors of one packed weight, named and laid out as bitsandbytes saves them.
+
+    Args:
+        name: the weight's full name.
+        weight: one weight; of a stack, take a layer first.
+
+    Raises:
+        ValueError: a stack of weights.
+    """
+    if weight.stack_shape:
+        raise ValueError(
+            f"{name}: a stack {weight.stack_shape} of weights is no tensor of a checkpoint; take one layer"
+        )
+    state: dict[str, Any] = {
+        "quant_type": "nf4",
+        "blocksize": weight.block_size,
+        "dtype": weight.dtype,
+        "shape": list(weight.shape),
+    }
+    tensors = {
+        name: np.asarray(weight.codes).reshape(-1, 1),
+        name + ".absmax": np.asarray(weight.absmax),
+        name + ".quant_map": NF4_TABLE.copy(),
+    }
+    if weight.is_nested:
+        state["nested_blocksize"] = weight.nested_block_size
+        state["nested_dtype"] = weight.nested_dtype
+        # The shortest decimal of the float32 taken as a double, which is what torch's item() gives to json.
+        state["nested_offset"] = float(np.asarray(weight.nested_offset))
+        tensors[name + ".nested_absmax"] = np.asarray(weight.nested_absmax)
+        tensors[name + ".nested_quant_map"] = DYNAMIC_MAP.copy()
+    tensors[name + _STATE] = np.frombuffer(json.dumps(state).encode(), np.uint8)
+    return tensors
+
+
+def is_quantized(config: Mapping[str, Any]) -> bool:
+    """Whether a model's config.json announces bitsandbytes' NF4 weights.
+
+    Raises:
+        NotImplementedError: it announces another quantisation.
+    """
+    settings = config.get("quantization_config")
+    if settings is None:
+        return False
+    method = settings.get("quant_method", "bitsandbytes")
+    kind = settings.get("bnb_4bit_quant_type", "fp4") if settings.get("load_in_4bit") else "8-bit"
+    if method != "bitsandbytes" or kind != "nf4":
+        found = f"{method} {kind}" if method == "bitsandbytes" else method
+        raise NotImplementedError(
+            f"config.json: quantization_config is {found}; only bitsandbytes nf4 can be read. "
+            "Start from the unquantised model or from an nf4 one"
+        )
+    return True
+
+
+def skip_modules(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """The modules that a model's config.json keeps unquantised; () where it leaves that to the reader."""
+    return tuple((config.get("quantization_config") or {}).get("llm_int8_skip_modules") or ())
+
+
+def quantization_config(
+    *, compute_dtype: str = "bfloat16", double_quant: bool = True, skip_modules: Sequence[str] | None = None
+) -> dict[str, Any]:
+    """The `quantization_config` of config.json, as transformers writes it for the weights of `unpack`.
+
+    Args:
+        compute_dtype: what transformers will multiply in.
+        double_quant: whether the weights' scales are 8-bit.
+        skip_modules: names of the linear modules that are not packed; None for the output head alone.
+    """
+    return {
+        "_load_in_4bit": True,
+        "_load_in_8bit": False,
+        "bnb_4bit_compute_dtype": compute_dtype,
+        "bnb_4bit_quant_storage": "uint8",
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": double_quant,
+        "llm_int8_enable_fp32_cpu_offload": False,
+        "llm_int8_has_fp16_weight": False,
+        "llm_int8_skip_modules": None if skip_modules is None else list(skip_modules),
+        "llm_int8_threshold": 6.0,
+        "load_in_4bit": True,
+        "load_in_8bit": False,
+        "quant_method": "bitsandbytes",
+    }
+
+
+def _read_state(name: str, tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """The JSON beside the weight, checked."""
+    if name + _FP4_STATE in tensors:
+        raise NotImplementedError(f"{name} is packed as fp4; only nf4 can be read. Start from an nf4 checkpoint")
+    key = name + _STATE
+    try:
+        state = json.loads(_part(key, tensors, np.uint8).tobytes())
+    except ValueError as error:
+        raise _damaged(key, f"it holds no JSON ({error})") from error
+    nested = name + ".nested_absmax" in tensors
+    expected = _STATE_KEYS | _NESTED_STATE_KEYS if nested else _STATE_KEYS
+    if not isinstance(state, dict) or set(state) != expected:
+        raise _damaged(key, f"it must hold exactly {sorted(expected)}, and holds {state}")
+    if state["quant_type"] != "nf4":
+        raise NotImplementedError(f"{key}: quant_type is {state['quant_type']!r}; only nf4 can be read")
+    shape = state["shape"]
+    if not isinstance(shape, list) or not all(type(size) is int and size > 0 for size in shape):
+        raise _damaged(key, f"shape {shape!r} must be a list of positive numbers")
+    if len(shape) != 2:
+        raise NotImplementedError(f"{key}: shape is {shape}; only matrices [out, in] can be read")
+    rules: dict[str, tuple[Any, ...]] = {"blocksize": _BLOCK_SIZES, "dtype": _DTYPES}
+    if nested:
+        rules |= {"nested_blocksize": _BLOCK_SIZES, "nested_dtype": _DTYPES}
+        if type(state["nested_offset"]) not in (int, float) or not math.isfinite(state["nested_offset"]):
+            raise _damaged(key, f"nested_offset {state['nested_offset']!r} must be a finite number")
+    for field, allowed in rules.items():
+        if state[field] not in allowed:
+            raise _damaged(key, f"{field} {state[field]!r} must be one of {allowed}")
+    return state
+
+
+def _part(key: str, tensors: Mapping[str, np.ndarray], dtype: Any = None, size: int | None = None) -> np.ndarray:
+    if key not in tensors:
+        raise _damaged(key, "the tensor is missing")
+    array = tensors[key]
+    if dtype is not None and array.dtype != dtype:
+        raise _damaged(key, f"its dtype is {array.dtype}, and must be {np.dtype(dtype)}")
+    if size is not None and array.shape != (size,):
+        raise _damaged(key, f"its shape is {array.shape}, and the weight's shape asks for ({size},)")
+    return array
+
+
+def _check_map(key: str, tensors: Mapping[str, np.ndarray], expected: np.ndarray) -> None:
+    values = _part(key, tensors, np.float32, expected.size)
+    if not np.allclose(values, expected, rtol=_MAP_TOLERANCE, atol=0):
+        raise _damaged(key, "its values are not the format's table, which is the only one that can be decoded")
+
+
+def _damaged(key: str, what: str) -> ValueError:
+    return ValueError(f"{key}: {what}. Fetch or make the 4-bit checkpoint again")
