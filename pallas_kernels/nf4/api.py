@@ -133,16 +133,17 @@ def _quantize_on_host(flat: np.ndarray, double_quant: bool, block_size: int) -> 
     offset = np.asarray(np.mean(absmax, axis=-1, dtype=np.float32))
     scale_codes = np.empty(absmax.shape, np.uint8)
     nested_absmax = np.empty((*stack, -(-blocks // _NESTED_BLOCK_SIZE)), np.float32)
-    for part in _slabs(blocks, _NESTED_BLOCK_SIZE):
-        encoded = encode_scales(absmax[..., part], offset, _NESTED_BLOCK_SIZE)
-        _put(scale_codes, encoded[0], part.start)
-        _put(nested_absmax, encoded[1], part.start // _NESTED_BLOCK_SIZE)
+    for index in np.ndindex(*stack):
+        for part in _slabs(blocks, _NESTED_BLOCK_SIZE):
+            encoded = encode_scales(absmax[index][part], offset[index], _NESTED_BLOCK_SIZE)
+            _put(scale_codes[index], encoded[0], part.start)
+            _put(nested_absmax[index], encoded[1], part.start // _NESTED_BLOCK_SIZE)
     return codes, scale_codes, nested_absmax, offset
 
 
 def _put(array: np.ndarray, values: np.ndarray, start: int) -> None:
-    """Writes `values` into the last axis of `array` from `start` on."""
-    array[..., start : start + values.shape[-1]] = values
+    """Writes `values` into the flat `array` from `start` on."""
+    array[start : start + values.size] = values
 
 
 def _dequantize_on_host(t: NF4Tensor, dtype: str) -> np.ndarray:
