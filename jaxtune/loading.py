@@ -76,6 +76,17 @@ class _Checkpoint:
     files: tuple[Path, ...]
 
 
+@contextlib.contextmanager
+def user_errors(prefix: str = "") -> Iterator[None]:
+    """Show the ValueErrors of `convert` and `nf4`, which name file and remedy, as errors for the user."""
+    try:
+        yield
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"{prefix}{error}") from error
+
+
 def resolve_dtype(name: str = "auto") -> jnp.dtype:
     """The compute dtype that `model.dtype` means on this machine.
 
@@ -142,7 +153,7 @@ def load_model(
         NotImplementedError: a quantisation or file variant that is not read here.
     """
     source = source or resolve_source(config)
-    with _user_errors():
+    with user_errors():
         checkpoint = _open(source)
         family = families.get(checkpoint.hf_config["model_type"])
         loads = family.plan(checkpoint.infos, checkpoint.hf_config)
@@ -152,7 +163,7 @@ def load_model(
     count = checkpoint.hf_config["num_hidden_layers"]
     bytes_read = 0
     for done, load in enumerate(loads, 1):
-        with _user_errors(f"{source.name}: {load.slot.name}: "):
+        with user_errors(f"{source.name}: {load.slot.name}: "):
             if load.slot.path in packed_paths:
                 _insert(frozen, load, _packed(_fetch(checkpoint, load), dtype, config.double_quant), count)
             else:
@@ -164,8 +175,13 @@ def load_model(
 
 
 def read_hf_config(source: Source) -> dict[str, Any]:
-    """The model's config as Hugging Face writes it; a GGUF's is made from its metadata. No weight is read."""
-    with _user_errors():
+    """The model's config as Hugging Face writes it; a GGUF's is made from its metadata. No weight is read.
+
+    Raises:
+        UserError: config or weight files are missing or damaged, or the family is not supported.
+        NotImplementedError: a quantisation or file variant that is not read here.
+    """
+    with user_errors():
         return _open(source).hf_config
 
 
@@ -175,7 +191,7 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerFast:
     Raises:
         UserError: no tokenizer there, or none that the `tokenizers` library can run.
     """
-    with _user_errors():
+    with user_errors():
         if source.is_gguf:
             return open_gguf(source.path).build_tokenizer()
     if (source.path / "tokenizer.json").is_file():
@@ -199,7 +215,7 @@ def fingerprint(source: Source) -> str:
     SHA-256 over the HF config, every tensor's name, shape and dtype, and every weight file's size with 64 samples of 4
     KiB. Moving or renaming the files does not change it; another fine-tune of the same model does.
     """
-    with _user_errors():
+    with user_errors():
         checkpoint = _open(source)
     tensors = {name: (info.dtype.name, info.shape) for name, info in checkpoint.infos.items()}
     digest = hashlib.sha256(json.dumps([checkpoint.hf_config, tensors], sort_keys=True).encode("utf-8"))
@@ -211,17 +227,6 @@ def fingerprint(source: Source) -> str:
                 handle.seek(size * part // 64)
                 digest.update(handle.read(4096))
     return digest.hexdigest()
-
-
-@contextlib.contextmanager
-def _user_errors(prefix: str = "") -> Iterator[None]:
-    """Show the ValueErrors of `convert` and `nf4`, which name file and remedy, as errors for the user."""
-    try:
-        yield
-    except UserError:
-        raise
-    except ValueError as error:
-        raise UserError(f"{prefix}{error}") from error
 
 
 def _in_package(name: str) -> Path:
@@ -254,7 +259,7 @@ def _check_config_file(path: Path) -> dict[str, Any]:
     if not path.is_file():
         adapter = "it holds an adapter: name its base model" if (path.parent / "adapter_config.json").exists() else ""
         raise UserError(f"{path.parent}: config.json is missing; {adapter or 'name a directory that holds a model'}")
-    with _user_errors(f"{path}: "):
+    with user_errors(f"{path}: "):
         config = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
             raise ValueError("it states no model_type; take the model's own config.json")

@@ -1,0 +1,86 @@
+"""What a run leaves for others: the adapter in PEFT's files, and such an adapter read back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import jax
+import ml_dtypes
+import numpy as np
+
+from convert import peft
+from jaxtune.config import LINEARS, LoraConfig
+from jaxtune.loading import Source, user_errors
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+def save_peft_adapter(
+    directory: str | Path,
+    lora: Mapping[str, Any],
+    config: LoraConfig,
+    source: Source,
+    *,
+    model_type: str = "llama",
+    tokenizer: PreTrainedTokenizerFast | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Write an adapter that `peft.PeftModel.from_pretrained(base, directory)` loads, in the dtype it was trained in.
+
+    Args:
+        directory: made if it is not there.
+        lora: the adapter's tree, lora_A [L, R, in] and lora_B [L, out, R].
+        config: how it was trained.
+        source: the base model; a hub model is recorded with its commit.
+        model_type: HF's name of the base model's family.
+        tokenizer: saved beside the adapter, for one whose tokens or template were changed.
+        overwrite: replace an adapter that is already there.
+
+    Raises:
+        UserError: an adapter is there and `overwrite` is false.
+    """
+    alpha = config.lora_alpha
+    fields = {
+        "base_model_name_or_path": source.name,
+        "revision": source.commit,
+        "r": config.r,
+        # PEFT declares a whole number; a fraction, which it takes as well, is not rounded.
+        "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
+        "lora_dropout": config.lora_dropout,
+        "use_rslora": config.use_rslora,
+    }
+    with user_errors():
+        peft.save_adapter(directory, jax.device_get(dict(lora)), fields, model_type=model_type, overwrite=overwrite)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(directory)
+
+
+def load_peft_adapter(directory: str | Path, *, model_type: str = "llama") -> tuple[dict[str, Any], LoraConfig]:
+    """Read an adapter that PEFT or `save_peft_adapter` wrote.
+
+    Returns:
+        The tree of NumPy arrays, bfloat16 or float32 as stored (float16 becomes float32), and its configuration.
+
+    Raises:
+        UserError: missing or damaged files, or tensors that do not fit the family.
+        NotImplementedError: DoRA and other kinds that compute more than B A x.
+    """
+    with user_errors():
+        lora, fields = peft.load_adapter(directory, model_type=model_type)
+    is_bf16 = all(leaf.dtype == ml_dtypes.bfloat16 for leaf in jax.tree.leaves(lora))
+    dtype: Literal["fp32", "bf16"] = "bf16" if is_bf16 else "fp32"
+    if not is_bf16:
+        lora = jax.tree.map(lambda leaf: leaf.astype(np.float32), lora)
+    targets = {name for group in lora["layers"].values() for name in group}
+    config = LoraConfig(
+        r=fields["r"],
+        lora_alpha=fields.get("lora_alpha", 8),
+        lora_dropout=fields.get("lora_dropout", 0.0),
+        target_modules=tuple(name for name in LINEARS if name in targets),
+        use_rslora=fields.get("use_rslora", False),
+        dtype=dtype,
+    )
+    return lora, config
