@@ -93,7 +93,8 @@ def _bwd(scaling: float, dropout_rate: float, residuals: Residuals, dy: Array) -
     low_rank = _dot(dropped, lora_a.astype(x.dtype), 1).astype(x.dtype)
     d_low_rank = (scaling * _dot(dy, lora_b.astype(dy.dtype), 0)).astype(dy.dtype)
     d_lora_a = _outer(d_low_rank, dropped).astype(lora_a.dtype)
-    d_lora_b = (scaling * _outer(dy, low_rank)).astype(lora_b.dtype)
+    # The narrow operand first: XLA transposes the first one, and on a CPU that would be dY, the widest array here.
+    d_lora_b = (scaling * _outer(low_rank, dy)).T.astype(lora_b.dtype)
     # Dropout's backward is dropout itself with the same key.
     dx = dx + _dropout(_dot(d_low_rank, lora_a.astype(dy.dtype), 0), dropout_rate, dropout_key)
     return dx.astype(x.dtype), None, None, d_lora_a, d_lora_b, None
