@@ -3,8 +3,10 @@
 Why it exists: logits of a whole batch are the largest array of a step (8,192 tokens x 128,256 x 4 bytes = 4 GB), and
 the gradient with respect to them is as large. Here only one chunk's logits live at a time, and since the head is frozen
 and the loss is a scalar, the gradient with respect to the hidden states is made while the chunk's softmax is at hand;
-the backward pass only scales it. Numerics: logits and softmax in float32; softmax minus one-hot is formed in float32,
-then rounded to hidden's dtype for the product.
+the backward pass only scales it. Tokens without weight are moved behind the others and never reach the head, which
+saves most of its work where only responses are learnt.
+Numerics: logits and softmax in float32; softmax minus one-hot is formed in float32, then rounded to hidden's dtype for
+the product.
 """
 
 from __future__ import annotations
@@ -16,54 +18,65 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 
-def _chunks(x: Array, size: int) -> Array:
-    """[B, T, ...] -> [ceil(T / size), B, size, ...], padded with zeros."""
-    b, t = x.shape[:2]
-    count = -(-t // size)
-    x = jnp.pad(x, ((0, 0), (0, count * size - t), *((0, 0),) * (x.ndim - 2)))
-    return jnp.moveaxis(x.reshape(b, count, size, *x.shape[2:]), 1, 0)
+def _chunk_loss(h: Array, head: Array, target: Array, weight: Array) -> tuple[Array, Array]:
+    """Weighted loss of one chunk, and softmax minus one-hot times weight, float32 [B, c, V]."""
+    logits = lax.dot_general(h, head, (((2,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+    log_sum_exp = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    picked = jnp.take_along_axis(logits, target[..., None], axis=-1)
+    one_hot = lax.broadcasted_iota(jnp.int32, logits.shape, 2) == target[..., None]
+    d_logits = weight[..., None] * (jnp.exp(logits - log_sum_exp) - one_hot)
+    return jnp.sum(weight * (log_sum_exp - picked)[..., 0]), d_logits
 
 
-def _scan(
+def _loss_and_gradient(
     hidden: Array, head: Array, targets: Array, weights: Array, chunk: int, with_gradient: bool
 ) -> tuple[Array, Array | None]:
     """The loss, and the gradient [B, T, D] with respect to hidden where asked for. `chunk`: tokens of one row."""
+    length = hidden.shape[1]
+    learnt_first = jnp.argsort(weights == 0, axis=1, stable=True)
+    most_learnt = jnp.max(jnp.sum(weights != 0, axis=1))
 
-    def one_chunk(total: Array, inputs: tuple[Array, Array, Array]) -> tuple[Array, Array | None]:
-        h, target, weight = inputs
-        logits = lax.dot_general(h, head, (((2,), (1,)), ((), ())), preferred_element_type=jnp.float32)
-        log_sum_exp = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
-        picked = jnp.take_along_axis(logits, target[..., None], axis=-1)
-        total = total + jnp.sum(weight * (log_sum_exp - picked)[..., 0])
-        if not with_gradient:
-            return total, None
-        one_hot = lax.broadcasted_iota(jnp.int32, logits.shape, 2) == target[..., None]
-        d_logits = (weight[..., None] * (jnp.exp(logits - log_sum_exp) - one_hot)).astype(h.dtype)
-        d_hidden = lax.dot_general(d_logits, head, (((2,), (0,)), ((), ())), preferred_element_type=jnp.float32)
-        return total, d_hidden.astype(h.dtype)
+    def arranged(x: Array) -> Array:
+        x = jnp.take_along_axis(x, learnt_first.reshape(*learnt_first.shape, *(1,) * (x.ndim - 2)), axis=1)
+        return jnp.pad(x, ((0, 0), (0, -length % chunk), *((0, 0),) * (x.ndim - 2)))
 
-    xs = (_chunks(hidden, chunk), _chunks(targets, chunk), _chunks(weights, chunk))
-    total, d_hidden = lax.scan(one_chunk, jnp.float32(0.0), xs)
-    if d_hidden is None:
+    hidden_sorted, targets_sorted, weights_sorted = arranged(hidden), arranged(targets), arranged(weights)
+
+    def one_chunk(index: Array, carry: tuple[Array, Array | None]) -> tuple[Array, Array | None]:
+        total, gradient = carry
+        h, target, weight = (
+            lax.dynamic_slice_in_dim(x, index * chunk, chunk, axis=1)
+            for x in (hidden_sorted, targets_sorted, weights_sorted)
+        )
+        loss, d_logits = _chunk_loss(h, head, target, weight)
+        if gradient is not None:
+            dims = (((2,), (0,)), ((), ()))
+            d_h = lax.dot_general(d_logits.astype(h.dtype), head, dims, preferred_element_type=jnp.float32)
+            gradient = lax.dynamic_update_slice_in_dim(gradient, d_h.astype(h.dtype), index * chunk, axis=1)
+        return total + loss, gradient
+
+    start = (jnp.float32(0.0), jnp.zeros_like(hidden_sorted) if with_gradient else None)
+    total, gradient = lax.fori_loop(0, -(-most_learnt // chunk), one_chunk, start)
+    if gradient is None:
         return total, None
-    b, t, d = hidden.shape
-    return total, jnp.moveaxis(d_hidden, 0, 1).reshape(b, -1, d)[:, :t]
+    back = jnp.argsort(learnt_first, axis=1)
+    return total, jnp.take_along_axis(gradient, back[..., None], axis=1)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
 def linear_cross_entropy_xla(hidden: Array, head: Array, targets: Array, weights: Array, chunk: int) -> Array:
-    """See `pallas_kernels.cross_entropy.api.linear_cross_entropy`."""
-    return _scan(hidden, head, targets, weights, chunk, with_gradient=False)[0]
+    """See `pallas_kernels.cross_entropy.api.linear_cross_entropy`; here `chunk` counts tokens of one row."""
+    return _loss_and_gradient(hidden, head, targets, weights, chunk, with_gradient=False)[0]
 
 
 def _fwd(hidden: Array, head: Array, targets: Array, weights: Array, chunk: int) -> tuple[Array, Array]:
-    total, d_hidden = _scan(hidden, head, targets, weights, chunk, with_gradient=True)
-    assert d_hidden is not None
-    return total, d_hidden
+    total, gradient = _loss_and_gradient(hidden, head, targets, weights, chunk, with_gradient=True)
+    assert gradient is not None
+    return total, gradient
 
 
-def _bwd(chunk: int, d_hidden: Array, g: Array) -> tuple[Array | None, ...]:
-    return (g * d_hidden.astype(jnp.float32)).astype(d_hidden.dtype), None, None, None
+def _bwd(chunk: int, gradient: Array, g: Array) -> tuple[Array | None, ...]:
+    return (g * gradient.astype(jnp.float32)).astype(gradient.dtype), None, None, None
 
 
 linear_cross_entropy_xla.defvjp(_fwd, _bwd)

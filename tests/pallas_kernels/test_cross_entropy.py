@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.cross_entropy import linear_cross_entropy
+from pallas_kernels.cross_entropy import xla as cross_entropy_xla
 from pallas_kernels.cross_entropy.api import chunk_tokens
 from pallas_kernels.cross_entropy.reference import linear_cross_entropy_reference
 
@@ -92,3 +93,27 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
     hidden, head, targets, weights = inputs()
     with pytest.raises(ValueError, match=r"must be \[B, T, D\]"):
         linear_cross_entropy(hidden, head, targets[:, 1:], weights)
+
+
+def test_tokens_without_weight_do_not_reach_the_head() -> None:
+    """Only one token in nine is learnt: the head runs once for each chunk of those, whatever they lie beside."""
+    rng = np.random.default_rng(1)
+    hidden, head = jnp.asarray(rng.normal(size=(2, 90, D)), jnp.float32), inputs()[1]
+    targets = jnp.asarray(rng.integers(0, V, (2, 90)), jnp.int32)
+    weights = jnp.asarray(np.arange(180).reshape(2, 90) % 9 == 4, jnp.float32)
+    chunks = []
+
+    def counting(h: jax.Array, *rest: jax.Array) -> tuple[jax.Array, jax.Array]:
+        jax.debug.callback(lambda: chunks.append(1))
+        return original(h, *rest)
+
+    original = cross_entropy_xla._chunk_loss
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cross_entropy_xla, "_chunk_loss", counting)
+        loss, gradient = jax.value_and_grad(lambda h: linear_cross_entropy(h, head, targets, weights, chunk=8))(hidden)
+        jax.effects_barrier()
+    expected_loss, expected_gradient = truth(hidden, head, targets, weights)
+    np.testing.assert_allclose(loss, expected_loss, rtol=1e-6)
+    np.testing.assert_allclose(gradient, expected_gradient, atol=1e-5)
+    # Ten learnt tokens a row, four of a row in a chunk of eight.
+    assert len(chunks) == 3
