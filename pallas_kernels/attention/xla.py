@@ -10,6 +10,7 @@ Numerics: scores and softmax in float32; weights and their gradients are rounded
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -100,7 +101,7 @@ def _bwd(scale: float, residuals: Residuals, d_out: Array) -> tuple[Array | None
     along = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)
     queries, d_outs, alongs = (_slices(_grouped(x, k.shape[2]), 3) for x in (q, d_out, along))
 
-    def one_slice(sums: tuple[Array, Array], inputs: tuple[Array, ...]) -> tuple[tuple[Array, Array], Array]:
+    def one_slice(sums: tuple[Array, Array], inputs: tuple[Any, ...]) -> tuple[tuple[Array, Array], Array]:
         start, q_slice, do_slice, along_slice, log_sum, q_segments = inputs
         b, kv_heads, g, t, h = q_slice.shape
         weights = jnp.exp(_scores(q_slice, k_BxKxSxH, scale, start, q_segments, segment_ids) - log_sum)

@@ -36,8 +36,8 @@ def _decoded(weight: Array | NF4Tensor, x: Array) -> tuple[Array, Array]:
     if not isinstance(weight, NF4Tensor):
         return weight.astype(x.dtype), x
     # The tie to x: without it XLA may decode the weights of every layer before the first one runs.
-    weight, x = lax.optimization_barrier((weight, x))
-    return dequantize(weight, x.dtype), x
+    packed, x = lax.optimization_barrier((weight, x))
+    return jnp.asarray(dequantize(packed, x.dtype)), x
 
 
 def _dropout(x: Array, rate: float, key: Array | None) -> Array:

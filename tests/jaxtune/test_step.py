@@ -181,7 +181,7 @@ def temporaries(remat: str, *, layers: int, vocab: int) -> int:
 def test_no_dense_copy_of_the_weights_and_no_second_copy_of_the_packed_ones(remat: str) -> None:
     growth = temporaries(remat, layers=12, vocab=64) - temporaries(remat, layers=4, vocab=64)
     weights_per_layer = 2 * 256 * 256 + 2 * 128 * 256 + 3 * 256 * 512
-    # float32 values per token and layer. full: the layer's input. none: five of the model's width (both inputs of norms,
+    # float32 values per token and layer. full: the layer's input. none: five of the model's width (inputs of norms,
     # both normalised, attention's output), q, k, v, three of the MLP's width, two norms' statistics.
     kept = {"full": 256, "none": 5 * 256 + (4 + 2 + 2) * 64 + 3 * 512 + 2}[remat] * 4 * 128
     adapter_gradients = 4 * 2 * sum(r * 4 for r in (512, 384, 384, 512, 768, 768, 768))

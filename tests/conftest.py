@@ -1,0 +1,16 @@
+"""Which tests run where."""
+
+from __future__ import annotations
+
+import jax
+import pytest
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Deselect the tests that need a GPU where there is none; pytest's last line counts them."""
+    if jax.default_backend() == "gpu":
+        return
+    needs_gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if needs_gpu:
+        config.hook.pytest_deselected(items=needs_gpu)
+        items[:] = [item for item in items if item not in needs_gpu]
