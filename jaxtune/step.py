@@ -46,7 +46,8 @@ class StepConfig:
     """What is fixed when the step is compiled.
 
     dtype: compute dtype. adaptation: how adapters act. packed: rows hold several documents (batches carry segment_ids).
-    remat: policy of jaxtune.remat. max_grad_norm: clipping, or None. loss_chunk: tokens of logits at a time, or None.
+    remat: policy of jaxtune.remat. unroll: layers unrolled instead of scanned. max_grad_norm: clipping, or None.
+    loss_chunk: tokens of logits at a time, or None.
     """
 
     decoder: DecoderConfig
@@ -54,6 +55,7 @@ class StepConfig:
     dtype: Any
     packed: bool = True
     remat: str = "full"
+    unroll: bool = False
     max_grad_norm: float | None = None
     loss_chunk: int | None = None
 
@@ -99,6 +101,7 @@ def batch_loss(lora: Tree, frozen: Tree, batch: Batch, config: StepConfig, dropo
         dtype=config.dtype,
         dropout_key=dropout_key,
         remat=remat,
+        unroll=config.unroll,
     )
     return linear_cross_entropy(
         hidden, head_weight(frozen), batch["targets"], batch["loss_weights"], chunk=config.loss_chunk
@@ -179,7 +182,20 @@ def jit_train_step(
 ) -> Callable[[TrainState, Tree, Batch], tuple[TrainState, dict[str, Array]]]:
     """`train_step` compiled for the mesh; the state's buffers are donated."""
     step = partial(train_step, optimizer=optimizer, config=config)
-    return jax.jit(step, donate_argnums=0, out_shardings=replicated(mesh))
+    options = _compiler_options(config.remat, mesh.devices.flat[0].platform)
+    return jax.jit(step, donate_argnums=0, out_shardings=replicated(mesh), compiler_options=options)
+
+
+def _compiler_options(remat: str, platform: str) -> dict[str, bool] | None:
+    """XLA's options for the train step, each with its measured pair in benchmarks/NOTES.md."""
+    if platform != "gpu":
+        return None
+    # cuBLAS adds the adapter's product to the base's while it writes; XLA's own Triton matmuls do not.
+    options = {"xla_gpu_enable_triton_gemm": False}
+    if remat == "offload":
+        # Without it the copies of layer inputs to and from the host do not overlap with compute.
+        options["xla_gpu_enable_latency_hiding_scheduler"] = True
+    return options
 
 
 def jit_eval_step(config: StepConfig, mesh: Mesh) -> Callable[[Tree, Tree, Batch], tuple[Array, Array]]:

@@ -86,6 +86,7 @@ def hidden_states(
     dtype: jnp.dtype,
     dropout_key: Array | None = None,
     remat: Wrap | None = None,
+    unroll: bool = False,
     cache: Cache | None = None,
     cache_start: Array | int = 0,
 ) -> tuple[Float[Array, "B T D"], Cache | None]:
@@ -98,6 +99,8 @@ def hidden_states(
         dtype: compute dtype of activations and products.
         dropout_key: of this step; None switches dropout off.
         remat: wraps a layer so that its activations are recomputed in the backward pass (see jaxtune.remat).
+        unroll: one program for all layers instead of a loop over one layer's: faster where nothing is recomputed, and
+            slower to compile.
         cache: {"k", "v"}: [L, B, S, K, H]; new keys and values are written from index `cache_start` on.
 
     Returns:
@@ -112,7 +115,7 @@ def hidden_states(
         return block(x, base, adapter, context, config, key, layer_cache)
 
     layers = (frozen["layers"], lora.get("layers", {}), cache, jnp.arange(config.num_layers))
-    x, cache = lax.scan(remat(layer) if remat else layer, embed(frozen, tokens, dtype), layers)
+    x, cache = lax.scan(remat(layer) if remat else layer, embed(frozen, tokens, dtype), layers, unroll=unroll)
     return rms_norm(x, frozen["norm"]["scale"], eps=config.norm_eps), cache
 
 
