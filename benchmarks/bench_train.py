@@ -86,7 +86,9 @@ def header() -> dict[str, object]:
             return None
 
     names = ("jax", "jaxlib", "jax-cuda13-plugin", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
-    commit = subprocess.run(["git", "rev-parse", "--verify", "HEAD"], capture_output=True, text=True, check=False, cwd=ROOT)
+    commit = subprocess.run(
+        ["git", "rev-parse", "--verify", "HEAD"], capture_output=True, text=True, check=False, cwd=ROOT
+    )
     return {
         "device": jax.devices()[0].device_kind,
         "date": datetime.date.today().isoformat(),

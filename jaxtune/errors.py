@@ -2,4 +2,4 @@
 
 
 class UserError(ValueError):
-    """Something the user can fix: the text names the file or key, the rule, and the remedy. Shown without a traceback."""
+    """Something the user can fix: the text names file or key, rule and remedy. Shown without a traceback."""
