@@ -146,7 +146,7 @@ def train(config: RunConfig, *, resume: bool = False, progress: Progress) -> Pat
         if first_step == 0:
             sample("before")
             if eval_data is not None:
-                with progress.phase("held-out loss before training"):
+                with progress.phase("measure the held-out loss"):
                     eval_loss = evaluate(state.lora, frozen)
                 metrics.write(0, eval_loss=eval_loss)
                 progress.note(f"held-out loss before training: {eval_loss:.4f}")
@@ -196,8 +196,7 @@ def _check_output(output: Path, checkpoints: Checkpoints, resume: bool) -> None:
     remains = ", ".join(name for name in ("config.yaml", "metrics.jsonl", "adapter") if (output / name).exists())
     has_run, elsewhere = checkpoints.latest() is not None, "name another with --set output.dir=..."
     if resume and not has_run:
-        first = f"; delete {remains} there first" if remains else ""
-        raise UserError(f"--resume: no complete checkpoint in {checkpoints.directory}; start without --resume{first}")
+        raise UserError(f"--resume: no complete checkpoint in {checkpoints.directory}; start in an empty output.dir")
     if has_run and not resume:
         raise UserError(f"output.dir {output} holds a run already; continue it with --resume, or {elsewhere}")
     if remains and not resume:
@@ -245,14 +244,13 @@ def _held_out_loss(
 
 
 def _check_finite(step: int, values: Mapping[str, float], checkpoints: Checkpoints) -> None:
-    # The gradient may overflow where float16's loss scale is still being found: such a step changes nothing.
-    names = ["loss", "eval_loss"] if "loss_scale" in values else ["loss", "grad_norm", "eval_loss"]
+    # A float16 gradient may overflow while the loss scale is found, down to 1: such a step changes nothing.
+    names = ("loss", "eval_loss") if values.get("loss_scale", 1.0) > 1.0 else ("loss", "grad_norm", "eval_loss")
     bad = [name for name in names if not math.isfinite(values.get(name, 0.0))]
     if bad:
         saved = checkpoints.latest()
         kept = "there is no checkpoint" if saved is None else f"the newest checkpoint is of step {saved}"
-        remedy = "lower train.learning_rate or train.max_grad_norm"
-        raise UserError(f"step {step}: {' and '.join(bad)} not finite; the run stopped, {kept}: {remedy}")
+        raise UserError(f"step {step}: {' and '.join(bad)} not finite; {kept}. Lower train.learning_rate")
 
 
 def _device_peak() -> int | None:

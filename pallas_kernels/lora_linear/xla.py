@@ -92,8 +92,12 @@ def _bwd(scaling: float, dropout_rate: float, residuals: Residuals, dy: Array) -
     low_rank = _dot(dropped, lora_a, 1)
     d_low_rank = scaling * _dot(dy, lora_b, 0)
     d_lora_a = _outer(d_low_rank, dropped).astype(lora_a.dtype)
-    # The narrow operand first: XLA transposes the first one, and on a CPU that would be dY, the widest array here.
-    d_lora_b = (scaling * _outer(low_rank, dy)).T.astype(lora_b.dtype)
+    if x.dtype == jnp.bfloat16:
+        # XLA's CPU code runs no bf16 product that is written transposed (jax 0.10 and 0.11).
+        d_lora_b = (scaling * _outer(dy, low_rank)).astype(lora_b.dtype)
+    else:
+        # The narrow operand first: XLA transposes the first one, and on a CPU that would be dY, the widest array here.
+        d_lora_b = (scaling * _outer(low_rank, dy)).T.astype(lora_b.dtype)
     # Dropout's backward is dropout itself with the same key.
     dx = dx + _dropout(_dot(d_low_rank, lora_a, 0), dropout_rate, dropout_key)
     return dx, None, None, d_lora_a, d_lora_b, None
