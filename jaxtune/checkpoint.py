@@ -1,8 +1,9 @@
 """Checkpoints of a run, on Orbax: adapter, optimizer state, step and data position; never the base model.
 
 A checkpoint is a directory named by its step. In it, `state/` is Orbax's, with the state as nested dicts of arrays, and
-`meta.json` has the run's description, the arrays' shapes and dtypes, and a CRC-32 of each of Orbax's files. It is
-written under a temporary name, flushed to the disk and renamed, so a directory with a step for a name is complete.
+`meta.json` has the run's description, the arrays' shapes and dtypes, and a CRC-32 of each of Orbax's files and of its
+own content. It is written under a temporary name, flushed to the disk and renamed, so a directory with a step for a
+name is complete.
 """
 
 from __future__ import annotations
@@ -72,9 +73,10 @@ class Checkpoints:
             with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
                 tree = unflatten_dict(host, sep="/")
                 checkpointer.save(temporary / "state", args=ocp.args.StandardSave(tree))
-            record = {"format": 1, "step": step, "meta": dict(meta), "leaves": leaves, "key_impls": key_impls}
+            record: dict[str, Any] = {"step": step, "meta": dict(meta), "leaves": leaves, "key_impls": key_impls}
             record["files"] = _file_checksums(temporary / "state")
-            (temporary / "meta.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
+            guarded = {"format": 1, "crc32": _json_checksum(record), "record": record}
+            (temporary / "meta.json").write_text(json.dumps(guarded, indent=1), encoding="utf-8")
             for written in [*temporary.rglob("*"), temporary]:
                 _flush(written)
             if path.exists():
@@ -106,13 +108,18 @@ class Checkpoints:
             have = ", ".join(map(str, self.steps())) or "none"
             raise UserError(f"there is no checkpoint of step {step} in {self.directory}; it has: {have}")
         try:
-            record = json.loads((path / "meta.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            guarded = json.loads((path / "meta.json").read_text(encoding="utf-8"))
+            if guarded["format"] != 1:
+                raise UserError(
+                    f"{path / 'meta.json'} is not of format 1, which this release reads; use the one it is from"
+                )
+            record: dict[str, Any] = guarded["record"]
+            if guarded["crc32"] != _json_checksum(record):
+                raise ValueError("it has changed since it was written")
+        except UserError:
+            raise
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise CorruptCheckpointError(f"the checkpoint {path} is damaged: meta.json: {error}") from error
-        if not isinstance(record, dict) or record.get("format") != 1:
-            raise UserError(
-                f"{path / 'meta.json'} is not of format 1, which this release reads; use the one it is from"
-            )
         return record
 
     def restore(self, step: int, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
@@ -217,6 +224,10 @@ def _describe(leaf: Any) -> str:
 def _place(array: np.ndarray, like: Any, key_impl: str | None) -> jax.Array:
     value = array if key_impl is None else jax.random.wrap_key_data(jnp.asarray(array), impl=key_impl)
     return jax.device_put(value, getattr(like, "sharding", None))
+
+
+def _json_checksum(record: Any) -> int:
+    return zlib.crc32(json.dumps(record, sort_keys=True).encode())
 
 
 def _file_checksums(root: Path) -> dict[str, int]:

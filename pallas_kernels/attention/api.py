@@ -45,7 +45,7 @@ def attention(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     candidates = {"cudnn": lambda: cudnn.unsupported_reason(q, segment_ids), "xla": lambda: None}
     if choose("attention", implementation, candidates) == "cudnn":
-        return cudnn.attention_cudnn(q, k, v, scale)
+        return cudnn.attention_cudnn(q, k, v, segment_ids, scale)
     return attention_xla(q, k, v, segment_ids, scale)
 
 

@@ -1,8 +1,10 @@
 """Causal attention through cuDNN's flash kernels, by way of `jax.nn.dot_product_attention`.
 
-Why it exists: the fastest causal attention on NVIDIA GPUs for rows of one document, with O(T) memory and deterministic
-results. Limits: float16 and bfloat16, head widths that are multiples of 8 up to 128 (256 on Hopper and newer), compute
-capability 8.0 and newer, no document mask.
+Why it exists: the fastest causal attention on NVIDIA GPUs, with deterministic results. Rows of one document take O(T)
+memory. For packed rows the documents' mask is given as a matrix of T x T numbers a row, and no block of it is skipped,
+which is twice the time of unpacked rows and a third of the sliced implementation's.
+Limits: float16 and bfloat16, head widths that are multiples of 8 up to 128 (256 on Hopper and newer), compute
+capability 8.0 and newer, masks up to 512 MiB.
 """
 
 from __future__ import annotations
@@ -13,6 +15,8 @@ from jax import Array
 
 from pallas_kernels._device import compute_capability
 
+MASK_BUDGET_BYTES = 512 * 2**20
+
 
 def unsupported_reason(q: Array, segment_ids: Array | None) -> str | None:
     """Why cuDNN cannot serve this call, in words, or None when it can."""
@@ -21,8 +25,9 @@ def unsupported_reason(q: Array, segment_ids: Array | None) -> str | None:
         return "needs an NVIDIA GPU"
     if capability < 8.0:
         return f"needs compute capability 8.0 or newer, this GPU has {capability}"
-    if segment_ids is not None:
-        return "takes no document mask"
+    mask_bytes = 0 if segment_ids is None else 2 * segment_ids.size * segment_ids.shape[1]
+    if mask_bytes > MASK_BUDGET_BYTES:
+        return f"its mask of packed documents would take {mask_bytes / 2**20:.0f} MiB, over 512"
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         return f"takes bfloat16 and float16, not {q.dtype}"
     widest = 256 if capability >= 9.0 else 128
@@ -31,6 +36,7 @@ def unsupported_reason(q: Array, segment_ids: Array | None) -> str | None:
     return None
 
 
-def attention_cudnn(q: Array, k: Array, v: Array, scale: float) -> Array:
+def attention_cudnn(q: Array, k: Array, v: Array, segment_ids: Array | None, scale: float) -> Array:
     """See `pallas_kernels.attention.api.attention`."""
-    return jax.nn.dot_product_attention(q, k, v, scale=scale, is_causal=True, implementation="cudnn")
+    mask = None if segment_ids is None else segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
+    return jax.nn.dot_product_attention(q, k, v, mask=mask, scale=scale, is_causal=True, implementation="cudnn")

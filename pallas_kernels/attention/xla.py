@@ -1,8 +1,8 @@
 """Causal attention through XLA, a slice of queries at a time.
 
-Why it exists: it runs everywhere and takes every mask, with memory for one slice's scores. The forward pass keeps its
-output and each row's log-sum-exp; the backward pass makes a slice's weights again from them (FlashAttention's way,
-arXiv:2205.14135, by slices instead of tiles). A loop visits the slices, since XLA may reorder unrolled ones and hold
+Why it exists: it runs everywhere and takes every mask, with memory for one slice's scores. The forward pass keeps each
+row's log-sum-exp; the backward pass makes a slice's weights again from it (FlashAttention's way, arXiv:2205.14135, by
+slices instead of tiles). A loop visits the slices, since XLA may reorder unrolled ones and hold
 the scores of all; the price is that the masked half of the products is computed too.
 Numerics: scores and softmax in float32; weights and their gradients are rounded to q's dtype for the products.
 """
@@ -19,7 +19,7 @@ from jax import Array, lax
 from pallas_kernels.attention.reference import visible
 
 SLICE = 512
-Residuals = tuple[Array, Array, Array, Array | None, Array, Array]
+Residuals = tuple[Array, Array, Array, Array | None, Array]
 
 
 def _dot(a: Array, b: Array, a_axis: int, b_axis: int) -> Array:
@@ -90,24 +90,22 @@ def _fwd(q: Array, k: Array, v: Array, segment_ids: Array | None, scale: float) 
 
     segments = None if segment_ids is None else _slices(segment_ids, 1)
     outs, log_sums = lax.map(one_slice, (_starts(queries), queries, segments))
-    out = _ungrouped(_joined(outs, 3, q.shape[1]))
-    return out, (q, k, v, segment_ids, out, log_sums)
+    return _ungrouped(_joined(outs, 3, q.shape[1])), (q, k, v, segment_ids, log_sums)
 
 
 def _bwd(scale: float, residuals: Residuals, d_out: Array) -> tuple[Array | None, ...]:
-    q, k, v, segment_ids, out, log_sums = residuals
+    q, k, v, segment_ids, log_sums = residuals
     k_BxKxSxH, v_BxKxSxH = k.swapaxes(1, 2), v.swapaxes(1, 2)
-    # The softmax's backward subtracts each row's <d_out, out> (FlashAttention, appendix B.2).
-    along = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)
-    queries, d_outs, alongs = (_slices(_grouped(x, k.shape[2]), 3) for x in (q, d_out, along))
+    queries, d_outs = (_slices(_grouped(x, k.shape[2]), 3) for x in (q, d_out))
 
     def one_slice(sums: tuple[Array, Array], inputs: tuple[Any, ...]) -> tuple[tuple[Array, Array], Array]:
-        start, q_slice, do_slice, along_slice, log_sum, q_segments = inputs
+        start, q_slice, do_slice, log_sum, q_segments = inputs
         b, kv_heads, g, t, h = q_slice.shape
         weights = jnp.exp(_scores(q_slice, k_BxKxSxH, scale, start, q_segments, segment_ids) - log_sum)
         q_rows, do_rows = (x.reshape(b, kv_heads, g * t, h) for x in (q_slice, do_slice))
         d_weights = _dot(do_rows, v_BxKxSxH, 3, 3).reshape(weights.shape)
-        d_scores = (scale * weights * (d_weights - along_slice)).astype(q.dtype).reshape(b, kv_heads, g * t, -1)
+        along = jnp.sum(weights * d_weights, axis=-1, keepdims=True)
+        d_scores = (scale * weights * (d_weights - along)).astype(q.dtype).reshape(b, kv_heads, g * t, -1)
         # The narrow operand first, as XLA transposes the first one: the sums are [B, K, H, S].
         dk = sums[0] + _dot(q_rows, d_scores, 2, 2)
         dv = sums[1] + _dot(do_rows, weights.astype(q.dtype).reshape(d_scores.shape), 2, 2)
@@ -116,7 +114,7 @@ def _bwd(scale: float, residuals: Residuals, d_out: Array) -> tuple[Array | None
 
     segments = None if segment_ids is None else _slices(segment_ids, 1)
     zeros = jnp.zeros(k_BxKxSxH.swapaxes(2, 3).shape, jnp.float32)
-    inputs = (_starts(queries), queries, d_outs, alongs, log_sums, segments)
+    inputs = (_starts(queries), queries, d_outs, log_sums, segments)
     (dk, dv), dqs = lax.scan(one_slice, (zeros, zeros), inputs)
     dq = _ungrouped(_joined(dqs, 3, q.shape[1]))
     return dq, dk.transpose(0, 3, 1, 2).astype(k.dtype), dv.transpose(0, 3, 1, 2).astype(v.dtype), None

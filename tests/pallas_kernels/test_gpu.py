@@ -52,16 +52,22 @@ def test_adapted_linear_in_bfloat16_is_within_its_rounding() -> None:
         assert error < 2 * 2.0**-9, (name, error)
 
 
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("heads", [(8, 8, 128), (8, 2, 64)])
-def test_cudnn_attention_equals_the_sliced_one(heads: tuple[int, int, int]) -> None:
+def test_cudnn_attention_equals_the_sliced_one(heads: tuple[int, int, int], packed: bool) -> None:
     n, kv_heads, h = heads
     rng = np.random.default_rng(2)
     shapes = ((2, 1000, n, h), (2, 1000, kv_heads, h), (2, 1000, kv_heads, h))
     q, k, v = (jnp.asarray(rng.normal(size=shape), jnp.bfloat16) for shape in shapes)
     dy = jnp.asarray(rng.normal(size=shapes[0]), jnp.bfloat16)
+    # Ragged documents, then padding.
+    segments = jnp.asarray(np.searchsorted([170, 171, 600, 990], np.arange(1000), side="right") + 1, jnp.int32) % 5
+    segment_ids = jnp.stack([segments, segments[::-1]]) if packed else None
 
     def run(implementation: str, *arrays: jax.Array) -> tuple[jax.Array, ...]:
-        out, pullback = jax.vjp(lambda *x: attention(*x, implementation=implementation), *arrays)
+        out, pullback = jax.vjp(
+            lambda *x: attention(*x, segment_ids=segment_ids, implementation=implementation), *arrays
+        )
         return out, *pullback(dy.astype(out.dtype))
 
     # A GPU multiplies float32 matrices in TF32 unless told otherwise.
