@@ -189,7 +189,7 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerFast:
     """The model's tokenizer, with its chat template if it has one.
 
     Raises:
-        UserError: no tokenizer there, or none that the `tokenizers` library can run.
+        UserError: no tokenizer there, a damaged one, or none that the `tokenizers` library can run.
     """
     with user_errors():
         if source.is_gguf:
@@ -197,7 +197,13 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerFast:
     if (source.path / "tokenizer.json").is_file():
         # AutoTokenizer would build some classes (GPT2Tokenizer among them) from the vocabulary alone and lose steps
         # that tokenizer.json has, such as SmolLM2's split of digits. The file is what the model was trained with.
-        return PreTrainedTokenizerFast.from_pretrained(source.path, local_files_only=True)
+        try:
+            return PreTrainedTokenizerFast.from_pretrained(source.path, local_files_only=True)
+        except Exception as error:  # whatever its parsers come across; the library raises Exception itself, too
+            raise UserError(
+                f"{source.path}: its tokenizer files are damaged ({type(error).__name__}: {error}); take the model's "
+                "own tokenizer.json and tokenizer_config.json"
+            ) from error
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.path, local_files_only=True)
     except (OSError, ValueError, ImportError) as error:

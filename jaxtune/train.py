@@ -28,15 +28,7 @@ from jaxtune.metrics import MetricsWriter, Progress, format_bytes, host_peak_rss
 from jaxtune.models.config import DecoderConfig
 from jaxtune.optim import make_optimizer, make_schedule
 from jaxtune.samples import answer, encode_prompt
-from jaxtune.step import (
-    StepConfig,
-    batch_sharding,
-    init_state,
-    jit_eval_step,
-    jit_train_step,
-    make_mesh,
-    replicated,
-)
+from jaxtune.step import StepConfig, batch_sharding, init_state, jit_eval_step, jit_train_step, make_mesh, replicated
 
 
 def train(config: RunConfig, *, resume: bool = False, progress: Progress) -> Path:
@@ -273,7 +265,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint in output.dir")
     parser.add_argument("--debug", action="store_true", help="show tracebacks, and why an op's implementation is used")
     options = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.INFO if options.debug else logging.WARNING, format="%(name)s: %(message)s")
+    # By force, since an imported library has set up logging already.
+    logging.basicConfig(format="%(name)s: %(message)s", force=True)
+    for package in ("jaxtune", "pallas_kernels"):
+        logging.getLogger(package).setLevel(logging.INFO if options.debug else logging.WARNING)
     # Read when the GPU client starts: memory is taken as it is needed instead of three quarters of the card at once.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     try:

@@ -6,8 +6,8 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
+from pallas_kernels.nf4 import NF4Tensor
 from pallas_kernels.nf4.reference import nf4_dequantize_reference
-from pallas_kernels.nf4.tensor import NF4Tensor
 
 
 def nf4_matmul_reference(x: Float[Array, "*M K"], w: NF4Tensor) -> Float[Array, "*M N"]:

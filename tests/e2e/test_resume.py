@@ -1,0 +1,201 @@
+"""A run that was interrupted goes on bit for bit, and only as the run that it was; an output is never overwritten."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from flax.traverse_util import flatten_dict
+from runs import Command, Main, WriteRun, save_model
+
+from jaxtune.metrics import read_metrics
+
+# What tells of time and machine, and not of what was computed.
+TIMINGS = ("step_seconds", "tokens_per_second", "device_bytes")
+# The process dies when steps 4 and 5 are in the metrics and in no checkpoint.
+DIE_AFTER_STEP_5 = """
+import os, signal, sys
+from jaxtune.metrics import MetricsWriter
+from jaxtune.train import main
+
+write = MetricsWriter.write
+
+def write_then_die(self, step, **values):
+    write(self, step, **values)
+    if step == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+MetricsWriter.write = write_then_die
+sys.exit(main(sys.argv[1:]))
+"""
+SECTIONS: dict[str, dict[str, Any]] = {
+    "train": {"eval_steps": 2},
+    "output": {"save_steps": 3, "sample_prompts": ["What colour is coal?"]},
+}
+CONSTANT: dict[str, dict[str, Any]] = {
+    "train": {"lr_scheduler_type": "constant", "max_steps": 4},
+    "output": {"sample_prompts": ["What colour is coal?"]},
+}
+
+
+def computed(output: Path) -> list[dict[str, Any]]:
+    """The metrics without timings, and without the record that each start of the program makes of itself."""
+    records = [record for record in read_metrics(output / "metrics.jsonl") if "frozen_bytes" not in record]
+    return [{name: value for name, value in record.items() if name not in TIMINGS} for record in records]
+
+
+def saved_state(output: Path, step: int) -> dict[str, np.ndarray]:
+    with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+        return flatten_dict(checkpointer.restore(output / "checkpoints" / str(step) / "state"), sep="/")
+
+
+def assert_same_end(output: Path, other: Path, step: int) -> None:
+    """Both runs left the same adapter and the same optimizer state, to the bit."""
+    adapters = [(path / "adapter" / "adapter_model.safetensors").read_bytes() for path in (output, other)]
+    assert adapters[0] == adapters[1]
+    states = [saved_state(path, step) for path in (output, other)]
+    assert states[0].keys() == states[1].keys()
+    assert any("opt_state" in name for name in states[0])
+    assert any(array.dtype == np.uint8 for array in states[0].values()), "no 8-bit optimizer state in this test"
+    for name, array in states[0].items():
+        assert array.dtype == states[1][name].dtype
+        assert array.tobytes() == states[1][name].tobytes(), name
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in sorted(directory.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory: pytest.TempPathFactory, write_run_in: WriteRun, command: Command) -> Path:
+    """The directory of a run of 6 steps that was killed after step 5: configuration, data and output."""
+    directory = tmp_path_factory.mktemp("interrupted")
+    killed = command("--config", write_run_in(directory, **SECTIONS), code=DIE_AFTER_STEP_5)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    return directory
+
+
+@pytest.fixture
+def copy(interrupted: Path, tmp_path: Path) -> Path:
+    """The interrupted run's output, for one test to go on from."""
+    return shutil.copytree(interrupted / "out", tmp_path / "copy")
+
+
+@pytest.mark.slow
+def test_killed_run_goes_on_bit_for_bit(
+    interrupted: Path, copy: Path, write_run: WriteRun, tmp_path: Path, run_main: Main
+) -> None:
+    status, err = run_main("--config", write_run(**SECTIONS))
+    assert status == 0, err
+    assert [record["step"] for record in computed(copy) if "loss" in record] == [1, 2, 3, 4, 5]
+    status, err = run_main("--config", interrupted / "run.yaml", "--set", f"output.dir={copy}", "--resume")
+    assert status == 0, err
+    assert_same_end(tmp_path / "out", copy, step=6)
+    assert computed(tmp_path / "out") == computed(copy)
+
+
+def test_run_at_a_constant_rate_is_prolonged_bit_for_bit(write_run: WriteRun, tmp_path: Path, run_main: Main) -> None:
+    config = write_run(**CONSTANT)
+    short = ("--config", config, "--set", f"output.dir={tmp_path / 'short'}")
+    for arguments in (["--config", config], [*short, "--set", "train.max_steps=2"], [*short, "--resume"]):
+        status, err = run_main(*arguments)
+        assert status == 0, err
+    assert_same_end(tmp_path / "out", tmp_path / "short", step=4)
+    losses = [[record for record in computed(tmp_path / name) if "loss" in record] for name in ("out", "short")]
+    assert losses[1][1].pop("eval_loss") > 0  # at the end of the short run
+    assert losses[0] == losses[1]
+
+    # What is finished can be exported again, which records nothing, and cannot be cut.
+    adapter, records = contents(tmp_path / "short" / "adapter"), computed(tmp_path / "short")
+    shutil.rmtree(tmp_path / "short" / "adapter")
+    status, err = run_main(*short, "--resume")
+    assert status == 0, err
+    assert contents(tmp_path / "short" / "adapter") == adapter
+    assert computed(tmp_path / "short") == records
+    status, err = run_main(*short, "--resume", "--set", "train.max_steps=3")
+    assert (status, "step 4 is done" in err, "train.max_steps" in err) == (2, True, True)
+
+
+def test_files_may_move(
+    interrupted: Path, copy: Path, base_model: Path, tmp_path: Path, run_main: Main, no_training: None
+) -> None:
+    """Base model and data are known by their content: what stops this run is the refusal to load, after all checks."""
+    moved = shutil.copytree(base_model, tmp_path / "moved")
+    data = shutil.copy(interrupted / "train.jsonl", tmp_path / "moved.jsonl")
+    settings = [f"output.dir={copy}", f"model.name_or_path={moved}", f"data.train={data}"]
+    with pytest.raises(AssertionError, match="load_model"):
+        run_main("--config", interrupted / "run.yaml", "--resume", *(x for s in settings for x in ("--set", s)))
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        (["lora.r=8"], ["lora.r: 48 then, 8 now"]),
+        (
+            ["train.learning_rate=0.02", "train.max_steps=7", "lora.lora_dropout=0.0"],
+            ["train.learning_rate: 0.01 then, 0.02 now", "train.max_steps: 6", "lora.lora_dropout: 0.1"],
+        ),
+        (["data.max_length=48"], ["data.max_length: 64 then, 48 now"]),
+        (["data.train={tmp}/other.jsonl"], ["the data's content"]),
+        (["model.name_or_path={tmp}/other"], ["the base model's content"]),
+    ],
+    ids=lambda value: value[0].partition("=")[0] if "=" in value[0] else "",
+)
+def test_another_run_is_refused(
+    settings: list[str],
+    named: list[str],
+    interrupted: Path,
+    copy: Path,
+    tmp_path: Path,
+    run_main: Main,
+    no_training: None,
+) -> None:
+    save_model(tmp_path / "other", seed=1)
+    records = (interrupted / "train.jsonl").read_text()
+    (tmp_path / "other.jsonl").write_text(records.replace("blue", "bleu", 1))
+    before = contents(copy)
+    overrides = [setting.format(tmp=tmp_path) for setting in [f"output.dir={copy}", *settings]]
+    status, err = run_main(
+        "--config", interrupted / "run.yaml", "--resume", *(x for override in overrides for x in ("--set", override))
+    )
+    assert status == 2
+    assert "error: cannot resume: the checkpoint of step 3 is of a run that differs" in err
+    assert all(name in err for name in named), err
+    assert err.rstrip().endswith("or start a new run in another output.dir")
+    assert contents(copy) == before
+
+
+def test_nothing_to_resume_from(write_run: WriteRun, tmp_path: Path, run_main: Main, no_training: None) -> None:
+    config = write_run()
+    for _ in range(2):
+        status, err = run_main("--config", config, "--resume")
+        assert status == 2
+        assert f"error: --resume: no complete checkpoint in {tmp_path / 'out' / 'checkpoints'}; start in" in err
+        (tmp_path / "out" / "checkpoints" / ".tmp-3").mkdir(parents=True, exist_ok=True)
+
+
+@pytest.mark.parametrize("left", ["config.yaml", "metrics.jsonl", "adapter"])
+def test_what_a_run_left_without_a_checkpoint_stays(
+    left: str, write_run: WriteRun, tmp_path: Path, run_main: Main, no_training: None
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / left).write_text(json.dumps({"step": 1}))
+    before = contents(tmp_path / "out")
+    status, err = run_main("--config", write_run())
+    assert status == 2
+    assert f"error: output.dir {tmp_path / 'out'} holds {left}, but no checkpoint; delete what is there, or name" in err
+    assert contents(tmp_path / "out") == before
+
+
+def test_new_run_never_overwrites_another(interrupted: Path, copy: Path, run_main: Main, no_training: None) -> None:
+    before = contents(copy)
+    status, err = run_main("--config", interrupted / "run.yaml", "--set", f"output.dir={copy}")
+    assert status == 2
+    assert f"error: output.dir {copy} holds a run already; continue it with --resume, or name another" in err
+    assert contents(copy) == before
