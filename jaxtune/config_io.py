@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import importlib.util
 import json
 import re
 import typing
@@ -173,24 +172,13 @@ def local_path(name: str, suffixes: Sequence[str] = DATA_SUFFIXES) -> Path | Non
     return path if only_a_path or path.exists() else None
 
 
-def package_file(name: str) -> Path:
-    """The path of `package:PACKAGE/FILE` inside an installed package, which is looked up but not imported."""
-    package, _, file = name.removeprefix("package:").partition("/")
-    spec = importlib.util.find_spec(package)
-    if spec is None or not spec.submodule_search_locations:
-        raise UserError(f"model.name_or_path is {name}, but no package {package} is installed; install it with pip")
-    path = Path(spec.submodule_search_locations[0]) / file
-    if not path.is_file():
-        raise UserError(f"model.name_or_path is {name}, but the installed package has no file {path}")
-    return path
-
-
 def check_files(config: RunConfig) -> None:
-    """Raise UserError for a local file that the run names and that is not there, before any slow import or download."""
+    """Raise UserError for a local file that the run names and that is not there, before any slow import or download.
+
+    Files inside packages (`package:`) are left to `loading.resolve_source`.
+    """
     model = config.model.name_or_path
-    if model.startswith("package:"):
-        package_file(model)
-    elif (path := local_path(model, MODEL_SUFFIXES)) and not path.exists():
+    if not model.startswith("package:") and (path := local_path(model, MODEL_SUFFIXES)) and not path.exists():
         raise UserError(_absent("model.name_or_path", path))
     for key, source in (("data.train", config.data.train), ("data.eval", config.data.eval)):
         if source is not None and (path := local_path(source)) and not path.exists():

