@@ -158,14 +158,22 @@ def test_two_devices_compute_what_one_does(
 FEW = {"lora": {"target_modules": ["v_proj", "down_proj"]}, "train": {"max_steps": 2}}
 SMOKE: dict[str, dict[str, dict[str, Any]]] = {
     "bf16": {"model": {"dtype": "bf16"}, "lora": {"dtype": "bf16"}},
-    # Its first updates are skipped, until the loss scale fits.
-    "fp16": {"model": {"dtype": "fp16"}, "train": {"max_steps": 5}},
-    "lora": {"model": {"load_in_4bit": False, "dtype": "bf16"}, "train": {"optim": "adamw"}},
-    "unpacked": {"data": {"packing": False, "train_on": "all"}, "train": {"lr_scheduler_type": "cosine"}},
-    "remat full": {"train": {"remat": "full", "loss_chunk": 32}, "lora": {"use_rslora": True}},
-    "remat offload": {"train": {"remat": "offload"}, "model": {"double_quant": False}},
-    "text": {"data": {"form": "text", "text_field": "output"}},
-    "one epoch": {"train": {"max_steps": None, "batch_size": 3}},
+    "16-bit weights, adamw": {"model": {"load_in_4bit": False, "dtype": "bf16"}, "train": {"optim": "adamw"}},
+    # fp16's first updates are skipped, until the loss scale fits.
+    "fp16, not packed": {
+        "model": {"dtype": "fp16"},
+        "data": {"packing": False, "train_on": "all"},
+        "train": {"max_steps": 5, "lr_scheduler_type": "cosine"},
+    },
+    "text, remat full": {
+        "data": {"form": "text", "text_field": "output"},
+        "lora": {"use_rslora": True},
+        "train": {"remat": "full", "loss_chunk": 32},
+    },
+    "one epoch, remat offload": {
+        "model": {"double_quant": False},
+        "train": {"max_steps": None, "batch_size": 3, "remat": "offload"},
+    },
 }
 
 
