@@ -67,7 +67,8 @@ def command(shared: Path) -> Command:
     def run(*arguments: str | Path, code: str | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "XLA_", "JAX_"))}
         # A tiny program compiles faster than JAX thinks worth keeping.
-        settings = {"HF_HOME": str(shared / "hf"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+        settings = {"JAX_PLATFORMS": "cpu", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+        settings["HF_HOME"] = str(shared / "hf")
         paths = [environment.pop("PYTHONPATH", None), str(ROOT), kept.get("PYTHONPATH")]
         settings["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
         return subprocess.run(
