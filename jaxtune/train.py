@@ -65,6 +65,10 @@ def train(config: RunConfig, *, resume: bool = False, progress: Progress) -> Pat
     progress.note(_describe_data("train", train_data))
     if eval_data is not None:
         progress.note(_describe_data("eval", eval_data))
+    if config.data.max_length > decoder.max_position:
+        progress.note(
+            f"data.max_length {config.data.max_length} is beyond the model's {decoder.max_position} positions"
+        )
     settings = config.train
     loader = Loader(
         train_data.rows, settings.batch_size, settings.gradient_accumulation_steps, settings.seed, config.data.shuffle
