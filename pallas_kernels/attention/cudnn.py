@@ -28,6 +28,8 @@ def unsupported_reason(q: Array, segment_ids: Array | None) -> str | None:
     mask_bytes = 0 if segment_ids is None else 2 * segment_ids.size * segment_ids.shape[1]
     if mask_bytes > MASK_BUDGET_BYTES:
         return f"its mask of packed documents would take {mask_bytes / 2**20:.0f} MiB, over 512"
+    if segment_ids is not None and q.shape[1] % 2:
+        return f"takes packed rows of even lengths only, not {q.shape[1]}"
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         return f"takes bfloat16 and float16, not {q.dtype}"
     widest = 256 if capability >= 9.0 else 128
