@@ -9,7 +9,7 @@ import re
 import typing
 from typing import Any, Literal
 
-from jaxtune.errors import UserError
+from jaxtune.errors import UserError, shown
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -38,18 +38,25 @@ def _typed(key: str, value: Any, expected: Any) -> Any:
         if value not in choices:
             guess = nearest(value, choices) if isinstance(value, str) else None
             hint = f"; did you mean {guess}?" if guess else ""
-            raise UserError(f"{key} is {value!r}; it must be one of {', '.join(choices)}{hint}")
+            raise UserError(f"{key} is {shown(value)}; it must be one of {', '.join(choices)}{hint}")
         return value
     if typing.get_origin(expected) is tuple:
         if not isinstance(value, list | tuple):
-            raise UserError(f"{key} is {value!r}; it must be a list of text, such as [first, second]")
+            raise UserError(f"{key} is {shown(value)}; it must be a list of text, such as [first, second]")
         return tuple(_typed(f"{key}[{i}]", item, choices[0]) for i, item in enumerate(value))
     if expected is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
+        try:
+            value = float(value)
+        except OverflowError as error:
+            raise UserError(f"{key} is {shown(value)}; set it to a number below 1e308") from error
     if not isinstance(value, expected) or (isinstance(value, bool) and expected is not bool):
-        raise UserError(f"{key} is {value!r}, of type {type(value).__name__}; it must be {_TYPE_NAMES[expected]}")
+        raise UserError(f"{key} is {shown(value)}, of type {type(value).__name__}; it must be {_TYPE_NAMES[expected]}")
+    if expected is int and abs(value) >= 2**32:
+        raise UserError(f"{key} is {shown(value)}; set it to a number below 2**32")
     if expected is float and not math.isfinite(value):
         raise UserError(f"{key} is {value}; set it to a finite number")
+    if expected is str and "\0" in value:
+        raise UserError(f"{key} is {shown(value)}; a NUL character has no place in it")
     if expected is str and not value.strip():
         raise UserError(f"{key} is empty; write a value, or leave the key out for its default if it has one")
     return value
@@ -67,7 +74,7 @@ def _check_range(section: str, config: Any, names: str, test: typing.Callable[[A
     for name in names.split():
         value = getattr(config, name)
         if value is not None and not test(value):
-            raise UserError(f"{section}.{name} is {value}; set it to {rule}")
+            raise UserError(f"{section}.{name} is {shown(value)}; set it to {rule}")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import re
 import typing
 from collections.abc import Mapping, Sequence
@@ -14,7 +15,7 @@ from typing import Any
 import yaml
 
 from jaxtune.config import RunConfig, nearest
-from jaxtune.errors import UserError
+from jaxtune.errors import UserError, shown
 
 DATA_SUFFIXES = (".json", ".jsonl", ".parquet", ".csv", ".tsv", ".txt", ".arrow")
 MODEL_SUFFIXES = (".gguf",)
@@ -35,10 +36,22 @@ _FIELDS = {name: typing.get_type_hints(section) for name, section in _SECTIONS.i
 _KNOWN = [f"{name}.{field}" for name, fields in _FIELDS.items() for field in fields]
 # YAML 1.1 takes 1e-4 for text because it has no point; every reader means the number.
 _FLOAT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
+# YAML 1.1 takes 010 for eight and 1:30 for ninety, which few who write them mean.
+_OTHER_BASE = re.compile(r"[-+]?(0[0-7_]+|[0-9_]+(:[0-5]?[0-9])+(\.[0-9_]*)?)")
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML's plain data types; a key written twice is an error instead of the last one silently winning."""
+    """YAML's plain data types. What would silently mean something else is an error: a key written twice, of which the
+    last would win, and numbers to base 8 or 60."""
+
+    def construct_scalar(self, node: yaml.ScalarNode) -> Any:
+        number = node.tag in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+        if number and _OTHER_BASE.fullmatch(node.value):
+            raise UserError(
+                f"line {node.start_mark.line + 1}: YAML takes {node.value} for a number to base 8 or 60; write a "
+                "decimal number without a leading zero, or quote it where text is meant"
+            )
+        return super().construct_scalar(node)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -61,7 +74,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the configuration {path}: {error}; check the path given to --config") from error
     try:
-        raw = yaml.load(text, _Loader)
+        raw = _parse(text)
         return from_dict(_apply_overrides({} if raw is None else raw, overrides))
     except yaml.YAMLError as error:
         raise UserError(f"{path} is no valid YAML: {error}") from error
@@ -69,16 +82,29 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise UserError(f"{path}: {error}") from error
 
 
+def _parse(text: str) -> Any:
+    """YAML's value; YAMLError or UserError for whatever is wrong with it."""
+    try:
+        return yaml.load(text, _Loader)
+    except UserError:
+        raise
+    except RecursionError as error:
+        raise UserError("brackets or indentation are nested too deeply; a configuration has two levels") from error
+    # Of dates with a 13th month, and of numbers with thousands of digits.
+    except ValueError as error:
+        raise yaml.YAMLError(str(error)) from error
+
+
 def from_dict(raw: Any) -> RunConfig:
     """Build a RunConfig from nested mappings such as YAML gives. Every unknown or missing key is in one UserError."""
     if not isinstance(raw, Mapping):
-        raise UserError(f"a configuration must consist of sections ({', '.join(_SECTIONS)}), not of {raw!r}")
+        raise UserError(f"a configuration must consist of sections ({', '.join(_SECTIONS)}), not of {shown(raw)}")
     problems = [_unknown(f"{name}") for name in raw if name not in _SECTIONS]
     values: dict[str, dict[str, Any]] = {}
     for name, section in _SECTIONS.items():
         given = {} if raw.get(name) is None else raw[name]
         if not isinstance(given, Mapping):
-            raise UserError(f"{name} is {given!r}; it must be a section of keys: {', '.join(_FIELDS[name])}")
+            raise UserError(f"{name} is {shown(given)}; it must be a section of keys: {', '.join(_FIELDS[name])}")
         problems += [_unknown(f"{name}.{key}") for key in given if key not in _FIELDS[name]]
         for field in dataclasses.fields(section):
             if field.default is dataclasses.MISSING and field.name not in given:
@@ -112,10 +138,14 @@ def _apply_overrides(raw: Any, overrides: Sequence[str]) -> Any:
         section, dot, name = key.strip().partition(".")
         if not (equals and dot and section and name):
             raise UserError(f"cannot read the override {override!r}; write section.key=value, as in train.max_steps=10")
+        if not text.strip():
+            raise UserError(f"the override {override!r} has no value; write {key}=null to unset the key")
         try:
-            value = yaml.load(text, _Loader)
+            value = _parse(text)
         except yaml.YAMLError as error:
             raise UserError(f"cannot read the value of {key}: {text!r} is no valid YAML; quote it ({error})") from error
+        except UserError as error:
+            raise UserError(f"cannot read the value of {key}: {error}") from error
         if isinstance(raw, Mapping) and isinstance(raw.get(section) or {}, Mapping):
             raw = {**raw, section: {**(raw.get(section) or {}), name: value}}
     return raw
@@ -169,7 +199,7 @@ def local_path(name: str, suffixes: Sequence[str] = DATA_SUFFIXES) -> Path | Non
     """
     path = Path(name).expanduser()
     only_a_path = name.startswith(("/", ".", "~")) or name.count("/") > 1 or name.lower().endswith(tuple(suffixes))
-    return path if only_a_path or path.exists() else None
+    return path if only_a_path or os.path.exists(path) else None
 
 
 def check_files(config: RunConfig) -> None:
@@ -178,13 +208,13 @@ def check_files(config: RunConfig) -> None:
     Files inside packages (`package:`) are left to `loading.resolve_source`.
     """
     model = config.model.name_or_path
-    if not model.startswith("package:") and (path := local_path(model, MODEL_SUFFIXES)) and not path.exists():
+    if not model.startswith("package:") and (path := local_path(model, MODEL_SUFFIXES)) and not os.path.exists(path):
         raise UserError(_absent("model.name_or_path", path))
     for key, source in (("data.train", config.data.train), ("data.eval", config.data.eval)):
-        if source is not None and (path := local_path(source)) and not path.exists():
+        if source is not None and (path := local_path(source)) and not os.path.exists(path):
             raise UserError(_absent(key, path))
     output = Path(config.output.dir).expanduser()
-    if output.exists() and not output.is_dir():
+    if os.path.exists(output) and not output.is_dir():
         raise UserError(f"output.dir is {output}, which is a file; name a directory")
 
 

@@ -1,5 +1,23 @@
-"""The one exception that a user is meant to read."""
+"""The exceptions that a user is meant to read."""
+
+from __future__ import annotations
+
+import reprlib
+from typing import Any
 
 
 class UserError(ValueError):
     """Something the user can fix: the text names file or key, rule and remedy. Shown without a traceback."""
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 200
+_SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxdict, _SHORT.maxtuple = 3, 12, 12, 12
+
+
+def shown(value: Any) -> str:
+    """`repr` for messages about values from files, of bounded length and time whatever the value."""
+    try:
+        return _SHORT.repr(value)
+    except ValueError:  # Python refuses to write whole numbers of thousands of digits.
+        return f"a number of {value.bit_length()} bits" if isinstance(value, int) else f"a {type(value).__name__}"

@@ -89,7 +89,7 @@ def test_overrides_are_yaml_values_and_the_last_one_wins(tmp_path: Path) -> None
         "lora.lora_alpha=32",
         "lora.target_modules=[q_proj, v_proj]",
         "output.compile_cache=null",
-        "model.revision=",
+        "model.revision=null",
         "data.packing=false",
         "data.train=a=b.jsonl",
     )
@@ -120,6 +120,50 @@ def test_override_of_a_wrong_form(tmp_path: Path, override: str) -> None:
     message = load_error(tmp_path, MINIMAL, override)
     assert repr(override) in message
     assert "write section.key=value" in message
+
+
+def test_override_without_a_value_is_not_null_in_silence(tmp_path: Path) -> None:
+    for override in ("train.max_steps=", "train.max_steps= "):
+        message = load_error(tmp_path, MINIMAL, override)
+        assert message.endswith(f"the override {override!r} has no value; write train.max_steps=null to unset the key")
+
+
+DIGITS = "9" * 400
+BOMB = "a: &a [x, x]\n" + "".join(f"{new}: &{new} [{', '.join(['*' + old] * 9)}]\n" for old, new in zip("abcd", "bcde"))
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("train: {max_steps: 010}", "line 4: YAML takes 010 for a number to base 8 or 60; write a decimal number"),
+        ("train: {max_steps: 1:30}", "YAML takes 1:30 for a number to base 8 or 60"),
+        ("train: {learning_rate: 1:30.5}", "YAML takes 1:30.5 for a number to base 8 or 60"),
+        (f"train: {{learning_rate: {DIGITS}}}", "set it to a number below 1e308"),
+        (f"train: {{max_steps: {DIGITS}}}", "set it to a number below 2**32"),
+        (f"train: {{max_steps: {DIGITS * 20}}}", "is no valid YAML"),
+        (f"train: {{max_steps: 0x{DIGITS * 20}}}", "a number of 32000 bits; set it to a number below 2**32"),
+        ("train: {max_steps: 2024-13-45}", "is no valid YAML: month must be in 1..12"),
+        ("more: " + "[" * 3000 + "]" * 3000, "nested too deeply"),
+        (BOMB + "train: *e", "train is [["),
+        ('lora: {target_modules: "a\\0b"}', "lora.target_modules is 'a\\x00b'"),
+        ('data: {train: "a\\0b"}', "a NUL character has no place in it"),
+        ("lora: !!python/object/apply:os.system [false]", "could not determine a constructor"),
+    ],
+    ids=lambda value: value[:24],
+)
+def test_hostile_values(tmp_path: Path, text: str, part: str) -> None:
+    """One sentence of bounded length, soon."""
+    minimal = MINIMAL.replace("data: {train: org/texts}\n", "") if text.startswith("data") else MINIMAL
+    message = load_error(tmp_path, minimal + text)
+    assert part in message
+    assert len(message) < 6000
+
+
+def test_paths_too_long_for_any_file_system(tmp_path: Path) -> None:
+    config = load(tmp_path, MINIMAL, f"output.dir={'o' * 300}", f"data.eval={'e' * 5000}")
+    check_files(config)
+    with pytest.raises(UserError, match=r"data.train is d+.jsonl, but there is no such file"):
+        check_files(dataclasses.replace(config, data=DataConfig("d" * 300 + ".jsonl")))
 
 
 def test_override_that_is_no_yaml(tmp_path: Path) -> None:
@@ -206,7 +250,7 @@ def test_types(tmp_path: Path, override: str, parts: list[str]) -> None:
         ("lora.lora_alpha", 0, 0.5, "set it to more than 0"),
         ("lora.lora_dropout", 1.0, 0.99, "at least 0 (no dropout) and below 1"),
         ("lora.lora_dropout", -0.1, 0.0, "at least 0 (no dropout) and below 1"),
-        ("lora.seed", 2**32, 2**32 - 1, "at least 0 and below 2**32"),
+        ("lora.seed", 2**32, 2**32 - 1, "below 2**32"),
         ("data.max_length", 7, 8, "8 tokens or more"),
         ("train.batch_size", 0, 1, "set it to 1 or more"),
         ("train.gradient_accumulation_steps", -1, 1, "set it to 1 or more"),
