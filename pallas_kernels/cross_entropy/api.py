@@ -23,6 +23,7 @@ def linear_cross_entropy(
     targets: Int[Array, "B T"],
     weights: Float[Array, "B T"],
     *,
+    cap: float | None = None,
     chunk: int | None = None,
     implementation: str | None = None,
 ) -> Float[Array, ""]:
@@ -33,6 +34,7 @@ def linear_cross_entropy(
     Args:
         hidden: [B, T, D], the dtype that products are computed in. head: [V, D], cast to it.
         targets: int32 [B, T], values in [0, V). weights: float32 [B, T], 0 where a token is not learnt.
+        cap: soft-cap of the logits, cap * tanh(logits / cap); None for none.
         chunk: tokens whose logits may exist at once, over all rows; None takes what 256 MiB of float32 logits hold.
         implementation: "xla", or None to choose.
 
@@ -40,8 +42,10 @@ def linear_cross_entropy(
         The weighted sum, float32.
 
     Raises:
-        ValueError: shapes do not fit together.
+        ValueError: shapes do not fit together, or the cap is not positive.
     """
+    if cap is not None and not cap > 0:
+        raise ValueError(f"linear_cross_entropy: cap is {cap}; pass a positive number, or None for no soft-cap")
     b, t, d = hidden.shape
     if head.shape[1:] != (d,) or targets.shape != (b, t) or weights.shape != (b, t):
         raise ValueError(
@@ -50,4 +54,4 @@ def linear_cross_entropy(
         )
     choose("linear_cross_entropy", implementation, {"xla": lambda: None})
     per_row = max(1, min(t, (chunk or chunk_tokens(head.shape[0])) // b))
-    return linear_cross_entropy_xla(hidden, head.astype(hidden.dtype), targets, weights, per_row)
+    return linear_cross_entropy_xla(hidden, head.astype(hidden.dtype), targets, weights, per_row, cap)

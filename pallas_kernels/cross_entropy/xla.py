@@ -5,7 +5,7 @@ the gradient with respect to them is as large. Here only one chunk's logits live
 and the loss is a scalar, the gradient with respect to the hidden states is made while the chunk's softmax is at hand;
 the backward pass only scales it. Tokens without weight are moved behind the others and never reach the head, which
 saves most of its work where only responses are learnt.
-Numerics: logits and softmax in float32; softmax minus one-hot is formed in float32, then rounded to hidden's dtype for
+Numerics: logits, their soft-cap and softmax in float32; softmax minus one-hot is formed in float32, then rounded to hidden's dtype for
 the product.
 """
 
@@ -18,18 +18,22 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 
-def _chunk_loss(h: Array, head: Array, target: Array, weight: Array) -> tuple[Array, Array]:
-    """Weighted loss of one chunk, and softmax minus one-hot times weight, float32 [B, c, V]."""
+def _chunk_loss(h: Array, head: Array, target: Array, weight: Array, cap: float | None) -> tuple[Array, Array]:
+    """Weighted loss of one chunk, and its gradient with respect to the logits, float32 [B, c, V]."""
     logits = lax.dot_general(h, head, (((2,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+    if cap is not None:
+        logits = cap * jnp.tanh(logits / cap)
     log_sum_exp = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
     picked = jnp.take_along_axis(logits, target[..., None], axis=-1)
     one_hot = lax.broadcasted_iota(jnp.int32, logits.shape, 2) == target[..., None]
     d_logits = weight[..., None] * (jnp.exp(logits - log_sum_exp) - one_hot)
+    if cap is not None:
+        d_logits *= 1 - jnp.square(logits / cap)
     return jnp.sum(weight * (log_sum_exp - picked)[..., 0]), d_logits
 
 
 def _loss_and_gradient(
-    hidden: Array, head: Array, targets: Array, weights: Array, chunk: int, with_gradient: bool
+    hidden: Array, head: Array, targets: Array, weights: Array, chunk: int, cap: float | None, with_gradient: bool
 ) -> tuple[Array, Array | None]:
     """The loss, and the gradient [B, T, D] with respect to hidden where asked for. `chunk`: tokens of one row."""
     length = hidden.shape[1]
@@ -48,7 +52,7 @@ def _loss_and_gradient(
             lax.dynamic_slice_in_dim(x, index * chunk, chunk, axis=1)
             for x in (hidden_sorted, targets_sorted, weights_sorted)
         )
-        loss, d_logits = _chunk_loss(h, head, target, weight)
+        loss, d_logits = _chunk_loss(h, head, target, weight, cap)
         if gradient is not None:
             dims = (((2,), (0,)), ((), ()))
             d_h = lax.dot_general(d_logits.astype(h.dtype), head, dims, preferred_element_type=jnp.float32)
@@ -63,19 +67,23 @@ def _loss_and_gradient(
     return total, jnp.take_along_axis(gradient, back[..., None], axis=1)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
-def linear_cross_entropy_xla(hidden: Array, head: Array, targets: Array, weights: Array, chunk: int) -> Array:
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def linear_cross_entropy_xla(
+    hidden: Array, head: Array, targets: Array, weights: Array, chunk: int, cap: float | None
+) -> Array:
     """See `pallas_kernels.cross_entropy.api.linear_cross_entropy`; here `chunk` counts tokens of one row."""
-    return _loss_and_gradient(hidden, head, targets, weights, chunk, with_gradient=False)[0]
+    return _loss_and_gradient(hidden, head, targets, weights, chunk, cap, with_gradient=False)[0]
 
 
-def _fwd(hidden: Array, head: Array, targets: Array, weights: Array, chunk: int) -> tuple[Array, Array]:
-    total, gradient = _loss_and_gradient(hidden, head, targets, weights, chunk, with_gradient=True)
+def _fwd(
+    hidden: Array, head: Array, targets: Array, weights: Array, chunk: int, cap: float | None
+) -> tuple[Array, Array]:
+    total, gradient = _loss_and_gradient(hidden, head, targets, weights, chunk, cap, with_gradient=True)
     assert gradient is not None
     return total, gradient
 
 
-def _bwd(chunk: int, gradient: Array, g: Array) -> tuple[Array | None, ...]:
+def _bwd(chunk: int, cap: float | None, gradient: Array, g: Array) -> tuple[Array | None, ...]:
     return (g * gradient.astype(jnp.float32)).astype(gradient.dtype), None, None, None
 
 

@@ -10,7 +10,12 @@ from pallas_kernels.rms_norm.xla import rms_norm_xla
 
 
 def rms_norm(
-    x: Float[Array, "*M D"], scale: Float[Array, D], *, eps: float = 1e-6, implementation: str | None = None
+    x: Float[Array, "*M D"],
+    scale: Float[Array, D],
+    *,
+    eps: float = 1e-6,
+    unit_offset: bool = False,
+    implementation: str | None = None,
 ) -> Float[Array, "*M D"]:
     """Normalise the last axis of `x` to unit root mean square and multiply by `scale`; the result has x's dtype.
 
@@ -18,6 +23,7 @@ def rms_norm(
         x: [..., D], floating.
         scale: [D].
         eps: added to the mean square.
+        unit_offset: multiply by 1 + scale, as Gemma's checkpoints mean it.
         implementation: "xla", or None to choose.
 
     Raises:
@@ -26,4 +32,4 @@ def rms_norm(
     if scale.shape != x.shape[-1:]:
         raise ValueError(f"rms_norm: scale has shape {scale.shape}, x has width {x.shape[-1]}; they must agree")
     choose("rms_norm", implementation, {"xla": lambda: None})
-    return rms_norm_xla(x, scale, eps)
+    return rms_norm_xla(x, scale, eps, unit_offset)

@@ -7,8 +7,15 @@ from jax import Array, lax
 from jaxtyping import Float
 
 
-def rms_norm_reference(x: Float[Array, "*M D"], scale: Float[Array, D], eps: float) -> Float[Array, "*M D"]:
-    """x / sqrt(mean(x^2) + eps) * scale: statistics in float32, rounded to x.dtype before the scale, as Llama does."""
+def rms_norm_reference(
+    x: Float[Array, "*M D"], scale: Float[Array, D], eps: float, unit_offset: bool = False
+) -> Float[Array, "*M D"]:
+    """x / sqrt(mean(x^2) + eps) * scale: statistics in float32, rounded to x.dtype before the scale, as Llama does.
+
+    With unit_offset the factor is 1 + scale, in float32, and the product alone is rounded, as Gemma does.
+    """
     x_f32 = x.astype(jnp.float32)
     inverse_rms = lax.rsqrt(jnp.mean(jnp.square(x_f32), axis=-1, keepdims=True) + eps)
+    if unit_offset:
+        return (x_f32 * inverse_rms * (1.0 + scale.astype(jnp.float32))).astype(x.dtype)
     return (x_f32 * inverse_rms).astype(x.dtype) * scale.astype(x.dtype)

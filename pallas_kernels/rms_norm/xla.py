@@ -17,21 +17,22 @@ from pallas_kernels.rms_norm.reference import rms_norm_reference
 Residuals = tuple[Array, Array, Array]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def rms_norm_xla(x: Array, scale: Array, eps: float) -> Array:
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def rms_norm_xla(x: Array, scale: Array, eps: float, unit_offset: bool) -> Array:
     """See `pallas_kernels.rms_norm.api.rms_norm`."""
-    return rms_norm_reference(x, scale, eps)
+    return rms_norm_reference(x, scale, eps, unit_offset)
 
 
-def _fwd(x: Array, scale: Array, eps: float) -> tuple[Array, Residuals]:
+def _fwd(x: Array, scale: Array, eps: float, unit_offset: bool) -> tuple[Array, Residuals]:
     mean_square = jnp.mean(jnp.square(x.astype(jnp.float32)), axis=-1, keepdims=True)
-    return rms_norm_reference(x, scale, eps), (x, scale, lax.rsqrt(mean_square + eps))
+    return rms_norm_reference(x, scale, eps, unit_offset), (x, scale, lax.rsqrt(mean_square + eps))
 
 
-def _bwd(eps: float, residuals: Residuals, dy: Array) -> tuple[Array, Array]:
+def _bwd(eps: float, unit_offset: bool, residuals: Residuals, dy: Array) -> tuple[Array, Array]:
     x, scale, inverse_rms = residuals
     normalised, dy_f32 = x.astype(jnp.float32) * inverse_rms, dy.astype(jnp.float32)
-    d_normalised = dy_f32 * scale.astype(jnp.float32)
+    factor = scale.astype(jnp.float32)
+    d_normalised = dy_f32 * (1.0 + factor if unit_offset else factor)
     along = jnp.mean(d_normalised * normalised, axis=-1, keepdims=True)
     dx = inverse_rms * (d_normalised - normalised * along)
     d_scale = jnp.sum(dy_f32 * normalised, axis=tuple(range(x.ndim - 1)))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,16 +24,21 @@ def inputs(dtype: jnp.dtype = jnp.float32) -> tuple[jax.Array, jax.Array, jax.Ar
     return hidden, head, jnp.asarray(rng.integers(0, V, (B, T)), jnp.int32), weights
 
 
-def truth(hidden: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array) -> tuple[float, np.ndarray]:
+def truth(
+    hidden: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array, cap: float | None = None
+) -> tuple[float, np.ndarray]:
     """Loss and its gradient with respect to hidden, in float64."""
     hidden, head, weights = (np.asarray(x, np.float64) for x in (hidden, head, weights))
-    logits = hidden @ head.T
+    logits = raw = hidden @ head.T
+    if cap is not None:
+        logits = cap * np.tanh(raw / cap)
     log_z = np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1, keepdims=True)) + logits.max(
         -1, keepdims=True
     )
     one_hot = np.eye(V)[np.asarray(targets)]
     loss = (weights * (log_z[..., 0] - (logits * one_hot).sum(-1))).sum()
-    return loss, (weights[..., None] * (np.exp(logits - log_z) - one_hot)) @ head
+    slope = 1.0 if cap is None else 1 / np.cosh(raw / cap) ** 2
+    return loss, (weights[..., None] * (np.exp(logits - log_z) - one_hot) * slope) @ head
 
 
 @pytest.mark.parametrize("chunk", [None, 1, 12, 87, 1000])
@@ -46,6 +53,22 @@ def test_values_and_gradient(chunk: int | None) -> None:
     np.testing.assert_allclose(
         linear_cross_entropy(hidden, head, targets, weights, chunk=chunk), expected_loss, rtol=1e-6
     )
+
+
+@pytest.mark.parametrize("cap", [3.0, 30.0])
+def test_soft_capped_logits(cap: float) -> None:
+    hidden, head, targets, weights = inputs()
+    assert np.abs(hidden @ head.T).max() > 4 * 3
+    loss, gradient = jax.value_and_grad(lambda h: linear_cross_entropy(h, head, targets, weights, cap=cap, chunk=12))(
+        hidden
+    )
+    expected_loss, expected_gradient = truth(hidden, head, targets, weights, cap)
+    np.testing.assert_allclose(loss, expected_loss, rtol=1e-6)
+    np.testing.assert_allclose(gradient, expected_gradient, atol=1e-5)
+    reference = linear_cross_entropy_reference(hidden, head, targets, weights, cap)
+    np.testing.assert_allclose(reference, expected_loss, rtol=1e-6)
+    with pytest.raises(ValueError, match="pass a positive number"):
+        linear_cross_entropy(hidden, head, targets, weights, cap=0.0)
 
 
 def test_bfloat16_error_is_that_of_the_reference() -> None:
@@ -103,7 +126,7 @@ def test_tokens_without_weight_do_not_reach_the_head() -> None:
     weights = jnp.asarray(np.arange(180).reshape(2, 90) % 9 == 4, jnp.float32)
     chunks = []
 
-    def counting(h: jax.Array, *rest: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def counting(h: jax.Array, *rest: Any) -> tuple[jax.Array, jax.Array]:
         jax.debug.callback(lambda: chunks.append(1))
         return original(h, *rest)
 

@@ -20,14 +20,16 @@ def normal(*shape: int) -> jax.Array:
     return jnp.asarray(RNG.normal(size=shape), jnp.float32)
 
 
-def test_rms_norm_values_and_gradient() -> None:
+@pytest.mark.parametrize("unit_offset", [False, True])
+def test_rms_norm_values_and_gradient(unit_offset: bool) -> None:
     x, scale, dy = normal(3, 7, 45), normal(45), normal(3, 7, 45)
-    y, pullback = jax.vjp(lambda x, scale: rms_norm(x, scale, eps=1e-5), x, scale)
+    y, pullback = jax.vjp(lambda x, scale: rms_norm(x, scale, eps=1e-5, unit_offset=unit_offset), x, scale)
     dx, d_scale = pullback(dy)
-    x_f64, g_f64 = np.asarray(x, np.float64), np.asarray(dy, np.float64) * np.asarray(scale, np.float64)
+    factor = np.asarray(scale, np.float64) + unit_offset
+    x_f64, g_f64 = np.asarray(x, np.float64), np.asarray(dy, np.float64) * factor
     inverse = 1 / np.sqrt((x_f64**2).mean(-1, keepdims=True) + 1e-5)
     normalised = x_f64 * inverse
-    np.testing.assert_allclose(y, normalised * np.asarray(scale), atol=2e-6)
+    np.testing.assert_allclose(y, normalised * factor, atol=2e-6)
     expected = inverse * (g_f64 - normalised * (g_f64 * normalised).mean(-1, keepdims=True))
     np.testing.assert_allclose(dx, expected, atol=3e-6)
     np.testing.assert_allclose(d_scale, (np.asarray(dy) * normalised).sum((0, 1)), atol=1e-5)
@@ -39,6 +41,11 @@ def test_rms_norm_in_bfloat16_keeps_its_statistics_in_float32() -> None:
     exact = exact / np.sqrt((exact**2).mean(-1, keepdims=True) + 1e-6)
     # One rounding to bfloat16 (8 bits) after exact statistics.
     np.testing.assert_allclose(np.asarray(rms_norm(x, jnp.ones(300)), np.float64), exact, rtol=2.0**-8)
+    # 1 + scale is not rounded to bfloat16, which could not tell it from 1.
+    tiny = jnp.full(300, 2.0**-10, jnp.bfloat16)
+    offset = np.asarray(rms_norm(x, tiny, unit_offset=True), np.float64)
+    np.testing.assert_allclose(offset, exact * (1 + 2.0**-10), rtol=2.0**-8)
+    assert (offset != np.asarray(rms_norm(x, jnp.ones(300)), np.float64)).any()
 
 
 def test_rope_rotates_pairs_by_position_and_keeps_products_of_differences() -> None:
