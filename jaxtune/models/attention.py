@@ -25,13 +25,16 @@ def self_attention(
     config: DecoderConfig,
     key: Array | None,
     cache: Cache | None,
+    layer: Array | int = 0,
 ) -> tuple[Float[Array, "B T D"], Cache | None]:
     """Queries, keys and values, rotated; attention within documents; output projection.
 
     Args:
         h: [B, T, D], normalised.
         base, adapter: this layer's `self_attn` subtrees.
-        cache: {"k", "v"}: [B, S, K, H] of this layer, which the new tokens are written into; None in training.
+        cache: {"k", "v"}: [L, B, S, K, H] of all layers, which this layer's new tokens are written into; None in
+            training.
+        layer: this layer's index in the cache.
 
     Returns:
         [B, T, D], and the cache with the new tokens.
@@ -48,7 +51,11 @@ def self_attention(
     if cache is None:
         out = attention(q, k, v, segment_ids=context.segment_ids)
     else:
-        at = (0, context.cache_start, 0, 0)
-        cache = {"k": lax.dynamic_update_slice(cache["k"], k, at), "v": lax.dynamic_update_slice(cache["v"], v, at)}
-        out = cached_attention(q, cache["k"], cache["v"], context.cache_start)
+        at = (layer, 0, context.cache_start, 0, 0)
+        cache = {
+            "k": lax.dynamic_update_slice(cache["k"], k[None], at),
+            "v": lax.dynamic_update_slice(cache["v"], v[None], at),
+        }
+        keys, values = (lax.dynamic_index_in_dim(cache[name], layer, keepdims=False) for name in ("k", "v"))
+        out = cached_attention(q, keys, values, context.cache_start, first=context.cache_first)
     return project(3, "o_proj", out.reshape(b, t, -1)), cache

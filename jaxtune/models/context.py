@@ -16,6 +16,7 @@ class Context:
     cos, sin: float32 [B, T, H / 2]. segment_ids: int32 [B, T], or None where every row is one document.
     cache_start: tokens already in the KV cache, int32 scalar; 0 in training.
     adaptation: how adapters act.
+    cache_first: index of each row's first token in the KV cache, int32 [B], where rows are padded in front; else None.
     """
 
     cos: Array
@@ -23,3 +24,4 @@ class Context:
     segment_ids: Array | None
     cache_start: Array | int
     adaptation: Adaptation
+    cache_first: Array | None = None

@@ -54,6 +54,7 @@ def block(
     config: DecoderConfig,
     key: Array | None = None,
     cache: Cache | None = None,
+    layer: Array | int = 0,
 ) -> tuple[Float[Array, "B T D"], Cache | None]:
     """One layer: x plus attention, plus MLP, each on its normalised input.
 
@@ -61,14 +62,16 @@ def block(
         x: [B, T, D], the residual stream.
         base, adapter: this layer's subtrees, without the layer axis; an adapter may be {} or lack any linear.
         key: of dropout in this layer, or None.
-        cache: this layer's keys and values, or None in training.
+        cache: keys and values of all layers, or None in training. layer: this one's index there.
 
     Returns:
         The residual stream after the layer, and the cache with the new tokens.
     """
     x = checkpoint_name(x, "layer_input")
     h = rms_norm(x, base["input_layernorm"]["scale"], eps=config.norm_eps)
-    attended, cache = self_attention(h, base["self_attn"], adapter.get("self_attn", {}), context, config, key, cache)
+    attended, cache = self_attention(
+        h, base["self_attn"], adapter.get("self_attn", {}), context, config, key, cache, layer
+    )
     x = x + attended
     h = rms_norm(x, base["post_attention_layernorm"]["scale"], eps=config.norm_eps)
     return x + mlp(h, base["mlp"], adapter.get("mlp", {}), context, config, key), cache
@@ -89,6 +92,7 @@ def hidden_states(
     unroll: bool = False,
     cache: Cache | None = None,
     cache_start: Array | int = 0,
+    cache_first: Int[Array, " B"] | None = None,
 ) -> tuple[Float[Array, "B T D"], Cache | None]:
     """Run all layers and the final norm.
 
@@ -102,20 +106,23 @@ def hidden_states(
         unroll: one program for all layers instead of a loop over one layer's: faster where nothing is recomputed, and
             slower to compile.
         cache: {"k", "v"}: [L, B, S, K, H]; new keys and values are written from index `cache_start` on.
+        cache_first: index of each row's first token in the cache, where rows are padded in front.
 
     Returns:
         [B, T, D] ready for the head, and the cache.
     """
     cos, sin = config.rope.cos_sin(positions)
-    context = Context(cos, sin, segment_ids, cache_start, adaptation)
+    context = Context(cos, sin, segment_ids, cache_start, adaptation, cache_first)
 
-    def layer(x: Array, inputs: tuple[Any, Any, Cache | None, Array]) -> tuple[Array, Cache | None]:
-        base, adapter, layer_cache, index = inputs
+    # The cache is carried: as an input and output of the loop it would exist twice.
+    def layer(carry: tuple[Array, Cache | None], inputs: tuple[Any, Any, Array]) -> tuple[Any, None]:
+        (x, cache), (base, adapter, index) = carry, inputs
         key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
-        return block(x, base, adapter, context, config, key, layer_cache)
+        return block(x, base, adapter, context, config, key, cache, index), None
 
-    layers = (frozen["layers"], lora.get("layers", {}), cache, jnp.arange(config.num_layers))
-    x, cache = lax.scan(remat(layer) if remat else layer, embed(frozen, tokens, dtype), layers, unroll=unroll)
+    layers = (frozen["layers"], lora.get("layers", {}), jnp.arange(config.num_layers))
+    start = (embed(frozen, tokens, dtype), cache)
+    (x, cache), _ = lax.scan(remat(layer) if remat else layer, start, layers, unroll=unroll)
     return rms_norm(x, frozen["norm"]["scale"], eps=config.norm_eps), cache
 
 

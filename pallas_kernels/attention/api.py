@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from pallas_kernels._dispatch import choose
 from pallas_kernels.attention import cudnn
 from pallas_kernels.attention.reference import attention_reference, visible
-from pallas_kernels.attention.xla import attention_xla
+from pallas_kernels.attention.xla import Form, attention_xla
 
 
 def attention(
@@ -18,6 +18,8 @@ def attention(
     v: Float[Array, "B T K H"],
     *,
     segment_ids: Int[Array, "B T"] | None = None,
+    window: int | None = None,
+    cap: float | None = None,
     scale: float | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "B T N H"]:
@@ -27,6 +29,8 @@ def attention(
         q: [B, T, N, H]. k, v: [B, T, K, H], where K divides N.
         segment_ids: int32 [B, T], one number per document of a packed row; None where every row is one document
             (padding behind it needs no mask: nothing before it sees it).
+        window: keys that a query sees at most, its own among them (a sliding window); None for all before it.
+        cap: soft-cap of the scores, cap * tanh(score / cap); None for none.
         scale: factor on the scores; 1 / sqrt(H) when None.
         implementation: "cudnn", "xla", or None to choose.
 
@@ -34,7 +38,7 @@ def attention(
         [B, T, N, H] in q's dtype. Rows of padding hold finite values without meaning.
 
     Raises:
-        ValueError: shapes do not fit together.
+        ValueError: shapes do not fit together, or window or cap is not positive.
         NotImplementedError: a named implementation cannot serve this call; the text says why.
     """
     if k.shape != v.shape or k.shape[:2] != q.shape[:2] or k.shape[3] != q.shape[3] or q.shape[2] % k.shape[2]:
@@ -43,10 +47,13 @@ def attention(
             "with N a multiple of K"
         )
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    candidates = {"cudnn": lambda: cudnn.unsupported_reason(q, segment_ids), "xla": lambda: None}
+    _check_positive(window, cap)
+    if window is not None and window >= q.shape[1]:
+        window = None
+    candidates = {"cudnn": lambda: cudnn.unsupported_reason(q, segment_ids, cap), "xla": lambda: None}
     if choose("attention", implementation, candidates) == "cudnn":
-        return cudnn.attention_cudnn(q, k, v, segment_ids, scale)
-    return attention_xla(q, k, v, segment_ids, scale)
+        return cudnn.attention_cudnn(q, k, v, segment_ids, scale, window)
+    return attention_xla(q, k, v, segment_ids, Form(scale, window, cap))
 
 
 def cached_attention(
@@ -55,6 +62,9 @@ def cached_attention(
     v_cache: Float[Array, "B S K H"],
     start: Int[Array, ""] | int,
     *,
+    first: Int[Array, " B"] | None = None,
+    window: int | None = None,
+    cap: float | None = None,
     scale: float | None = None,
 ) -> Float[Array, "B T N H"]:
     """Attention of T new tokens to a cache that already holds them: query t stands at index start + t of the S cached
@@ -62,11 +72,23 @@ def cached_attention(
 
     Args:
         q: [B, T, N, H]. k_cache, v_cache: [B, S, K, H]; what lies behind index start + t is not seen by query t.
-        start: tokens that were in the cache before. scale: factor on the scores; 1 / sqrt(H) when None.
+        start: tokens that were in the cache before.
+        first: int32 [B], index of each row's first token: what stands before it is padding, which no query sees; None
+            where no row is padded. Queries that are padding themselves give finite values without meaning.
+        window, cap, scale: as in `attention`.
 
     Returns:
         [B, T, N, H] in q's dtype.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    mask = visible(start + jnp.arange(q.shape[1]), jnp.arange(k_cache.shape[1]), None, None)
-    return attention_reference(q, k_cache, v_cache, mask, scale)
+    keys = jnp.arange(k_cache.shape[1])
+    _check_positive(window, cap)
+    mask = visible(start + jnp.arange(q.shape[1]), keys, None, None, window)
+    if first is not None:
+        mask = mask & (keys >= first[:, None])[:, None]
+    return attention_reference(q, k_cache, v_cache, mask, scale, cap)
+
+
+def _check_positive(window: int | None, cap: float | None) -> None:
+    if (window is not None and window < 1) or (cap is not None and not cap > 0):
+        raise ValueError(f"attention: window is {window} and cap is {cap}; both must be positive, or None for none")

@@ -97,6 +97,20 @@ def test_cached_tokens_see_what_they_saw_in_one_pass() -> None:
         np.testing.assert_allclose(step, whole[:, start:stop], atol=1e-6)
 
 
+def test_padding_in_front_of_cached_rows_is_not_seen() -> None:
+    """Each row against the same row without its padding, in one chunk and token by token."""
+    q, k, v = inputs(20)
+    first = jnp.array([7, 0], jnp.int32)
+    k = k.at[0, :7].set(50.0)
+    for start, stop in ((0, 20), (12, 13)):
+        step = cached_attention(q[:, start:stop], k, v, jnp.int32(start), first=first)
+        for row, before in enumerate((7, 0)):
+            alone = attention(*(x[row : row + 1, before:] for x in (q, k, v)))
+            from_ = max(before, start)
+            np.testing.assert_allclose(step[row, from_ - start :], alone[0, from_ - before : stop - before], atol=1e-6)
+        assert np.isfinite(step).all()
+
+
 def test_a_named_implementation_never_falls_back() -> None:
     q, k, v = inputs(8)
     with pytest.raises(NotImplementedError, match=r"cudnn.*needs an NVIDIA GPU"):
