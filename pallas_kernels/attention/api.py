@@ -46,8 +46,8 @@ def attention(
             f"attention: q {q.shape}, k {k.shape}, v {v.shape} must be [B, T, N, H], [B, T, K, H], [B, T, K, H] "
             "with N a multiple of K"
         )
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
     _check_positive(window, cap)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
     if window is not None and window >= q.shape[1]:
         window = None
     candidates = {"cudnn": lambda: cudnn.unsupported_reason(q, segment_ids, cap), "xla": lambda: None}
@@ -81,8 +81,8 @@ def cached_attention(
         [B, T, N, H] in q's dtype.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    keys = jnp.arange(k_cache.shape[1])
     _check_positive(window, cap)
+    keys = jnp.arange(k_cache.shape[1])
     mask = visible(start + jnp.arange(q.shape[1]), keys, None, None, window)
     if first is not None:
         mask = mask & (keys >= first[:, None])[:, None]

@@ -4,7 +4,7 @@ Why it exists: the fastest causal attention on NVIDIA GPUs, with deterministic r
 memory. For packed rows the documents' mask is given as a matrix of T x T numbers a row, and no block of it is skipped,
 which is twice the time of unpacked rows and a third of the sliced implementation's.
 Limits: float16 and bfloat16, head widths that are multiples of 8 up to 128 (256 on Hopper and newer), compute
-capability 8.0 and newer, masks up to 512 MiB.
+capability 8.0 and newer, masks up to 512 MiB, no soft-cap.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels._device import compute_capability
+from pallas_kernels.attention.reference import visible
 
 MASK_BUDGET_BYTES = 512 * 2**20
 
 
-def unsupported_reason(q: Array, segment_ids: Array | None) -> str | None:
+def unsupported_reason(q: Array, segment_ids: Array | None, cap: float | None) -> str | None:
     """Why cuDNN cannot serve this call, in words, or None when it can."""
     capability = compute_capability()
     if capability is None:
@@ -30,6 +31,8 @@ def unsupported_reason(q: Array, segment_ids: Array | None) -> str | None:
         return f"its mask of packed documents would take {mask_bytes / 2**20:.0f} MiB, over 512"
     if segment_ids is not None and q.shape[1] % 2:
         return f"takes packed rows of even lengths only, not {q.shape[1]}"
+    if cap is not None:
+        return "has no soft-cap of the scores"
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         return f"takes bfloat16 and float16, not {q.dtype}"
     widest = 256 if capability >= 9.0 else 128
@@ -38,7 +41,15 @@ def unsupported_reason(q: Array, segment_ids: Array | None) -> str | None:
     return None
 
 
-def attention_cudnn(q: Array, k: Array, v: Array, segment_ids: Array | None, scale: float) -> Array:
+def attention_cudnn(q: Array, k: Array, v: Array, segment_ids: Array | None, scale: float, window: int | None) -> Array:
     """See `pallas_kernels.attention.api.attention`."""
-    mask = None if segment_ids is None else segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
-    return jax.nn.dot_product_attention(q, k, v, mask=mask, scale=scale, is_causal=True, implementation="cudnn")
+    mask = left = None
+    if segment_ids is not None:
+        # The window too goes into the matrix, which is there anyway.
+        index = jnp.arange(q.shape[1])
+        mask = visible(index, index, segment_ids, segment_ids, window)[:, None]
+    elif window is not None:
+        left = (window - 1, 0)
+    return jax.nn.dot_product_attention(
+        q, k, v, mask=mask, scale=scale, is_causal=True, local_window_size=left, implementation="cudnn"
+    )

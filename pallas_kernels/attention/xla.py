@@ -4,13 +4,14 @@ Why it exists: it runs everywhere and takes every mask, with memory for one slic
 row's log-sum-exp; the backward pass makes a slice's weights again from it (FlashAttention's way, arXiv:2205.14135, by
 slices instead of tiles). A loop visits the slices, since XLA may reorder unrolled ones and hold
 the scores of all; the price is that the masked half of the products is computed too.
-Numerics: scores and softmax in float32; weights and their gradients are rounded to q's dtype for the products.
+Numerics: scores, their soft-cap and softmax in float32; weights and their gradients are rounded to q's dtype for the
+products.
 """
 
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,16 @@ from jax import Array, lax
 from pallas_kernels.attention.reference import visible
 
 SLICE = 512
+
+
+class Form(NamedTuple):
+    """What is fixed about one call; see `pallas_kernels.attention.api.attention`."""
+
+    scale: float
+    window: int | None = None
+    cap: float | None = None
+
+
 Residuals = tuple[Array, Array, Array, Array | None, Array]
 
 
@@ -55,11 +66,13 @@ def _ungrouped(x: Array) -> Array:
     return x.transpose(0, 3, 1, 2, 4).reshape(b, t, k * g, h)
 
 
-def _scores(q: Array, k: Array, scale: float, start: Array, q_segments: Array | None, segments: Array | None) -> Array:
+def _scores(q: Array, k: Array, form: Form, start: Array, q_segments: Array | None, segments: Array | None) -> Array:
     """Masked scores [B, K, G, T', S] of one slice's queries [B, K, G, T', H], which begins at index `start`."""
     b, kv_heads, g, t, h = q.shape
-    s = _dot(q.reshape(b, kv_heads, g * t, h), k, 3, 3).reshape(b, kv_heads, g, t, -1) * scale
-    mask = visible(start + jnp.arange(t), jnp.arange(k.shape[2]), q_segments, segments)
+    s = _dot(q.reshape(b, kv_heads, g * t, h), k, 3, 3).reshape(b, kv_heads, g, t, -1) * form.scale
+    if form.cap is not None:
+        s = form.cap * jnp.tanh(s / form.cap)
+    mask = visible(start + jnp.arange(t), jnp.arange(k.shape[2]), q_segments, segments, form.window)
     return jnp.where(mask[:, None, None], s, jnp.finfo(jnp.float32).min)
 
 
@@ -69,18 +82,18 @@ def _starts(slices: Array) -> Array:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
-def attention_xla(q: Array, k: Array, v: Array, segment_ids: Array | None, scale: float) -> Array:
+def attention_xla(q: Array, k: Array, v: Array, segment_ids: Array | None, form: Form) -> Array:
     """See `pallas_kernels.attention.api.attention`; q, k and v are of one length."""
-    return _fwd(q, k, v, segment_ids, scale)[0]
+    return _fwd(q, k, v, segment_ids, form)[0]
 
 
-def _fwd(q: Array, k: Array, v: Array, segment_ids: Array | None, scale: float) -> tuple[Array, Residuals]:
+def _fwd(q: Array, k: Array, v: Array, segment_ids: Array | None, form: Form) -> tuple[Array, Residuals]:
     k_BxKxSxH, v_BxKxSxH = k.swapaxes(1, 2), v.swapaxes(1, 2)
     queries = _slices(_grouped(q, k.shape[2]), 3)
 
     def one_slice(inputs: tuple[Array, Array, Array | None]) -> tuple[Array, Array]:
         start, q_slice, q_segments = inputs
-        s = _scores(q_slice, k_BxKxSxH, scale, start, q_segments, segment_ids)
+        s = _scores(q_slice, k_BxKxSxH, form, start, q_segments, segment_ids)
         highest = jnp.max(s, axis=-1, keepdims=True)
         weights = jnp.exp(s - highest)
         total = jnp.sum(weights, axis=-1, keepdims=True)
@@ -93,7 +106,7 @@ def _fwd(q: Array, k: Array, v: Array, segment_ids: Array | None, scale: float) 
     return _ungrouped(_joined(outs, 3, q.shape[1])), (q, k, v, segment_ids, log_sums)
 
 
-def _bwd(scale: float, residuals: Residuals, d_out: Array) -> tuple[Array | None, ...]:
+def _bwd(form: Form, residuals: Residuals, d_out: Array) -> tuple[Array | None, ...]:
     q, k, v, segment_ids, log_sums = residuals
     k_BxKxSxH, v_BxKxSxH = k.swapaxes(1, 2), v.swapaxes(1, 2)
     queries, d_outs = (_slices(_grouped(x, k.shape[2]), 3) for x in (q, d_out))
@@ -101,11 +114,16 @@ def _bwd(scale: float, residuals: Residuals, d_out: Array) -> tuple[Array | None
     def one_slice(sums: tuple[Array, Array], inputs: tuple[Any, ...]) -> tuple[tuple[Array, Array], Array]:
         start, q_slice, do_slice, log_sum, q_segments = inputs
         b, kv_heads, g, t, h = q_slice.shape
-        weights = jnp.exp(_scores(q_slice, k_BxKxSxH, scale, start, q_segments, segment_ids) - log_sum)
+        s = _scores(q_slice, k_BxKxSxH, form, start, q_segments, segment_ids)
+        weights = jnp.exp(s - log_sum)
         q_rows, do_rows = (x.reshape(b, kv_heads, g * t, h) for x in (q_slice, do_slice))
         d_weights = _dot(do_rows, v_BxKxSxH, 3, 3).reshape(weights.shape)
         along = jnp.sum(weights * d_weights, axis=-1, keepdims=True)
-        d_scores = (scale * weights * (d_weights - along)).astype(q.dtype).reshape(b, kv_heads, g * t, -1)
+        d_s = form.scale * weights * (d_weights - along)
+        if form.cap is not None:
+            # Where a score is masked its weight is zero, and any finite slope will do.
+            d_s *= 1 - jnp.square(jnp.clip(s / form.cap, -1.0, 1.0))
+        d_scores = d_s.astype(q.dtype).reshape(b, kv_heads, g * t, -1)
         # The narrow operand first, as XLA transposes the first one: the sums are [B, K, H, S].
         dk = sums[0] + _dot(q_rows, d_scores, 2, 2)
         dv = sums[1] + _dot(do_rows, weights.astype(q.dtype).reshape(d_scores.shape), 2, 2)

@@ -5,8 +5,8 @@ the gradient with respect to them is as large. Here only one chunk's logits live
 and the loss is a scalar, the gradient with respect to the hidden states is made while the chunk's softmax is at hand;
 the backward pass only scales it. Tokens without weight are moved behind the others and never reach the head, which
 saves most of its work where only responses are learnt.
-Numerics: logits, their soft-cap and softmax in float32; softmax minus one-hot is formed in float32, then rounded to hidden's dtype for
-the product.
+Numerics: logits, their soft-cap and softmax in float32; the gradient with respect to the logits is formed in float32,
+then rounded to hidden's dtype for the product.
 """
 
 from __future__ import annotations

@@ -20,7 +20,14 @@ def inputs(length: int, seed: int = 0) -> tuple[jax.Array, jax.Array, jax.Array]
     return q, k, v
 
 
-def truth(q: jax.Array, k: jax.Array, v: jax.Array, segments: np.ndarray | None) -> np.ndarray:
+def truth(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segments: np.ndarray | None,
+    window: int | None = None,
+    cap: float | None = None,
+) -> np.ndarray:
     """Row by row and head by head in float64."""
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     out = np.zeros_like(q)
@@ -28,7 +35,11 @@ def truth(q: jax.Array, k: jax.Array, v: jax.Array, segments: np.ndarray | None)
         seen = np.arange(q.shape[1]) <= t
         if segments is not None:
             seen &= segments[b] == segments[b, t]
+        if window is not None:
+            seen &= np.arange(q.shape[1]) > t - window
         scores = k[b, seen, n // (N // K)] @ q[b, t, n] / np.sqrt(H)
+        if cap is not None:
+            scores = cap * np.tanh(scores / cap)
         weights = np.exp(scores - scores.max())
         out[b, t, n] = weights / weights.sum() @ v[b, seen, n // (N // K)]
     return out
@@ -54,19 +65,39 @@ def test_values(length: int, packed: bool, monkeypatch: pytest.MonkeyPatch) -> N
     np.testing.assert_allclose(out, truth(q, k, v, segments), atol=2e-6)
 
 
-def test_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(("window", "cap"), [(1, None), (20, None), (45, 2.0), (None, 0.7), (1000, None)])
+def test_windows_and_soft_caps(
+    window: int | None, cap: float | None, packed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Windows inside of a slice, across slices and wider than the row."""
+    monkeypatch.setattr(attention_xla_module, "SLICE", 32)
+    q, k, v = inputs(77)
+    segments = segments_of(77) if packed else None
+    out = attention(q, k, v, segment_ids=None if segments is None else jnp.asarray(segments), window=window, cap=cap)
+    np.testing.assert_allclose(out, truth(q, k, v, segments, window, cap), atol=2e-6)
+
+
+@pytest.mark.parametrize(("window", "cap"), [(None, None), (11, None), (None, 1.5), (30, 0.5)])
+def test_gradients(window: int | None, cap: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sliced attention's gradients against autodiff of the definition in one piece, in float64."""
     monkeypatch.setattr(attention_xla_module, "SLICE", 16)
     q, k, v = inputs(45)
     segments = segments_of(45)
     weights = np.random.default_rng(3).normal(size=q.shape)
-    ours = jax.grad(lambda *x: jnp.sum(attention(*x, segment_ids=jnp.asarray(segments)) * weights), argnums=(0, 1, 2))(
-        q, k, v
-    )
+
+    def sliced(*x: jax.Array) -> jax.Array:
+        return jnp.sum(attention(*x, segment_ids=jnp.asarray(segments), window=window, cap=cap) * weights)
+
+    ours = jax.grad(sliced, argnums=(0, 1, 2))(q, k, v)
 
     def definition(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         mask = np.tril(np.ones((45, 45), bool)) & (segments[:, :, None] == segments[:, None, :])
+        if window is not None:
+            mask = mask & np.triu(np.ones((45, 45), bool), 1 - window)
         scores = jnp.einsum("btnh,bsnh->bnts", q, jnp.repeat(k, N // K, axis=2)) / np.sqrt(H)
+        if cap is not None:
+            scores = cap * jnp.tanh(scores / cap)
         probabilities = jax.nn.softmax(jnp.where(mask[:, None], scores, -1e30), axis=-1)
         return jnp.sum(jnp.einsum("bnts,bsnh->btnh", probabilities, jnp.repeat(v, N // K, axis=2)) * weights)
 
@@ -87,13 +118,14 @@ def test_memory_is_that_of_one_slice() -> None:
     assert loss.lower(q, k, v).compile().memory_analysis().temp_size_in_bytes < 6 * slice_scores
 
 
-def test_cached_tokens_see_what_they_saw_in_one_pass() -> None:
+@pytest.mark.parametrize(("window", "cap"), [(None, None), (7, 1.5)])
+def test_cached_tokens_see_what_they_saw_in_one_pass(window: int | None, cap: float | None) -> None:
     q, k, v = inputs(40)
-    whole = attention(q, k, v)
+    whole = attention(q, k, v, window=window, cap=cap)
     stale = 100.0 * jnp.ones((B, 15, K, H))
     k_cache, v_cache = jnp.concatenate([k, stale], axis=1), jnp.concatenate([v, stale], axis=1)
     for start, stop in ((0, 30), (30, 31), (31, 40)):
-        step = cached_attention(q[:, start:stop], k_cache, v_cache, jnp.int32(start))
+        step = cached_attention(q[:, start:stop], k_cache, v_cache, jnp.int32(start), window=window, cap=cap)
         np.testing.assert_allclose(step, whole[:, start:stop], atol=1e-6)
 
 
@@ -123,3 +155,7 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
     q, k, v = inputs(8)
     with pytest.raises(ValueError, match="N a multiple of K"):
         attention(q[:, :, :5], k, v)
+    with pytest.raises(ValueError, match="both must be positive"):
+        attention(q, k, v, window=0)
+    with pytest.raises(ValueError, match="both must be positive"):
+        cached_attention(q, k, v, 0, cap=-1.0)

@@ -52,9 +52,10 @@ def test_adapted_linear_in_bfloat16_is_within_its_rounding() -> None:
         assert error < 2 * 2.0**-9, (name, error)
 
 
+@pytest.mark.parametrize("window", [None, 70])
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("heads", [(8, 8, 128), (8, 2, 64)])
-def test_cudnn_attention_equals_the_sliced_one(heads: tuple[int, int, int], packed: bool) -> None:
+def test_cudnn_attention_equals_the_sliced_one(heads: tuple[int, int, int], packed: bool, window: int | None) -> None:
     n, kv_heads, h = heads
     rng = np.random.default_rng(2)
     shapes = ((2, 1000, n, h), (2, 1000, kv_heads, h), (2, 1000, kv_heads, h))
@@ -66,7 +67,7 @@ def test_cudnn_attention_equals_the_sliced_one(heads: tuple[int, int, int], pack
 
     def run(implementation: str, *arrays: jax.Array) -> tuple[jax.Array, ...]:
         out, pullback = jax.vjp(
-            lambda *x: attention(*x, segment_ids=segment_ids, implementation=implementation), *arrays
+            lambda *x: attention(*x, segment_ids=segment_ids, window=window, implementation=implementation), *arrays
         )
         return out, *pullback(dy.astype(out.dtype))
 
