@@ -12,7 +12,7 @@ import hashlib
 import importlib.util
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from convert import bnb4bit, families
-from convert.families.table import Load
+from convert.families.table import Load, Slot
 from convert.gguf import open_gguf
 from convert.safetensors_io import TensorInfo, open_model
 from jaxtune import hub
@@ -183,6 +183,16 @@ def read_hf_config(source: Source) -> dict[str, Any]:
     """
     with user_errors():
         return _open(source).hf_config
+
+
+def tensors_of(hf_config: Mapping[str, Any]) -> list[Slot]:
+    """Every tensor of a model with this HF config, by its family's table; no file is opened.
+
+    Raises:
+        UserError: the family is not supported, or the config lacks one of its sizes.
+    """
+    with user_errors():
+        return families.get(hf_config["model_type"]).slots(hf_config)
 
 
 def load_tokenizer(source: Source) -> PreTrainedTokenizerFast:
