@@ -132,3 +132,8 @@ def sentencepiece_bpe(metadata: Metadata, vocab: dict[str, int], kinds: Sequence
         tokenizer.normalizer = normalizers.Replace(" ", _SPACE)
         tokenizer.decoder = decoders.Sequence(to_spaces)
     return Backend(tokenizer, add_bos=True, special_ids={"bos": 1, "eos": 2, "unk": 0})
+
+
+def pre_tokenizer_names() -> tuple[str, ...]:
+    """The values of `tokenizer.ggml.pre` whose rules are known; of several with the same rules the usual one first."""
+    return tuple(_PRE_TOKENIZERS)
