@@ -28,8 +28,9 @@ from jaxtune.config_io import determining, diff, fingerprint, from_dict, to_dict
 from jaxtune.errors import UserError
 
 _TEMPORARY = ".tmp-"
-# Where model and data come from: their content has fingerprints of its own, so they may move.
-_LOCATIONS = {"model.name_or_path", "model.revision", "model.sha256", "data.train"}
+# Where model and data come from, and what `auto` means, may change: their content has fingerprints of its own, and the
+# dtype is compared as it was resolved.
+_COMPARED_OTHERWISE = {"model.name_or_path", "model.revision", "model.sha256", "model.dtype", "data.train"}
 
 
 class CorruptCheckpointError(UserError):
@@ -176,28 +177,26 @@ class Checkpoints:
         raise UserError(f"there is no readable checkpoint in {self.directory}; start a new run, without resume")
 
 
-def run_meta(config: RunConfig, data_fingerprint: str, model_fingerprint: str, **extra: Any) -> dict[str, Any]:
-    """The meta of a run's checkpoint: what `check_compatible` compares, and `extra` such as the data position."""
-    return {
-        "config": to_dict(config),
-        "config_fingerprint": fingerprint(config),
-        "data_fingerprint": data_fingerprint,
-        "model_fingerprint": model_fingerprint,
-        **extra,
-    }
+def run_meta(config: RunConfig, data: str, model: str, dtype: str, **extra: Any) -> dict[str, Any]:
+    """The meta of a run's checkpoint: what `check_compatible` compares, and `extra` such as the held-out loss.
+
+    data, model: fingerprints of their content. dtype: name of the compute dtype.
+    """
+    contents = {"data": data, "model": model, "dtype": dtype}
+    return {"config": to_dict(config), "config_fingerprint": fingerprint(config), "contents": contents, **extra}
 
 
-def check_compatible(meta: Mapping[str, Any], config: RunConfig, data_fingerprint: str, model_fingerprint: str) -> None:
+def check_compatible(meta: Mapping[str, Any], config: RunConfig, data: str, model: str, dtype: str) -> None:
     """Raise UserError, naming every difference, where going on from `meta` would not continue the same run."""
     try:
-        saved = from_dict(meta["config"])
-        contents = [("data", meta["data_fingerprint"], data_fingerprint)]
-        contents += [("base model", meta["model_fingerprint"], model_fingerprint)]
+        saved, contents = from_dict(meta["config"]), meta["contents"]
+        pairs = [("the data's content", contents["data"], data), ("the base model's content", contents["model"], model)]
+        pairs += [("the compute dtype (model.dtype)", contents["dtype"], dtype)]
     except (UserError, KeyError) as error:
         raise UserError(f"cannot resume: this release does not read the checkpoint's configuration: {error}") from error
-    keys = (determining(saved).keys() | determining(config).keys()) - _LOCATIONS
+    keys = (determining(saved).keys() | determining(config).keys()) - _COMPARED_OTHERWISE
     changes = [f"{key}: {then!r} then, {now!r} now" for key, (then, now) in diff(saved, config).items() if key in keys]
-    changes += [f"the {name}'s content: {then} then, {now} now" for name, then, now in contents if then != now]
+    changes += [f"{name}: {then} then, {now} now" for name, then, now in pairs if then != now]
     if changes:
         lines = "\n  ".join(changes)
         raise UserError(

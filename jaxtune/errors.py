@@ -10,6 +10,14 @@ class UserError(ValueError):
     """Something the user can fix: the text names file or key, rule and remedy. Shown without a traceback."""
 
 
+class Interrupted(KeyboardInterrupt):
+    """A run that was asked to stop by a signal, and has saved what it had; the text says how to continue."""
+
+    def __init__(self, signal: int, message: str) -> None:
+        super().__init__(message)
+        self.signal = signal
+
+
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 200
 _SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxdict, _SHORT.maxtuple = 3, 12, 12, 12

@@ -26,6 +26,7 @@ MAY_IMPORT = {
     "convert": "convert pallas_kernels.nf4 numpy ml_dtypes safetensors gguf tokenizers transformers orbax jaxtyping",
     "jaxtune.config": "jaxtune.errors",
     "jaxtune.config_io": "jaxtune.config jaxtune.errors yaml",
+    "jaxtune.command": "jaxtune.config_io jaxtune.errors",
     "jaxtune.data": "jaxtune.data jaxtune.config jaxtune.errors numpy jaxtyping datasets transformers jinja2 grain",
     "jaxtune.models": "jaxtune.models jaxtune.linear jaxtune.errors pallas_kernels jax numpy jaxtyping",
     "jaxtune": "jaxtune pallas_kernels jax numpy jaxtyping ml_dtypes flax optax orbax transformers jinja2 rich"

@@ -16,7 +16,7 @@ import pytest
 import yaml
 from runs import COLOURS, RUN, Command, Main, WriteRun, question, save_model, save_records
 
-from jaxtune import train
+from jaxtune import base, train
 
 ROOT = Path(__file__).parents[2]
 
@@ -111,5 +111,5 @@ def no_training(monkeypatch: pytest.MonkeyPatch) -> None:
 
         return called
 
-    for name in ("load_model", "jit_train_step"):
-        monkeypatch.setattr(train, name, refuse(name))
+    for module, name in ((base, "load_model"), (train, "jit_train_step")):
+        monkeypatch.setattr(module, name, refuse(name))

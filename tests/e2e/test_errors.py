@@ -117,7 +117,7 @@ BAD: dict[str, tuple[Prepare, tuple[str, ...]]] = {
     ),
     "mesh": (sections(mesh={"data": 2}), ("mesh asks for 2 devices, this machine has 1",)),
     "batch over the mesh": (sections(mesh={"data": 2}, train={"batch_size": 3}), ("set train.batch_size to a mul",)),
-    "output below a file": (below_a_file, ("file/out cannot be written",)),
+    "output below a file": (below_a_file, ("file/out' cannot be written: Not a directory; name another",)),
 }
 
 
@@ -179,14 +179,20 @@ def test_loss_that_is_not_finite(tmp_path: Path, write_run: WriteRun, run_main: 
     assert not (tmp_path / "out" / "adapter").exists()
 
 
-def test_out_of_memory(monkeypatch: pytest.MonkeyPatch, write_run: WriteRun, run_main: Main) -> None:
+def test_out_of_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, write_run: WriteRun, run_main: Main) -> None:
     def exhausted(*arguments: Any, **named: Any) -> None:
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes.")
 
     monkeypatch.setattr(train, "jit_train_step", exhausted)
     status, err = run_main("--config", write_run())
     assert status == 2
-    assert_one_message(err, ("Out of memory", "Lower train.batch_size or data.max_length"))
+    named = (
+        "out of memory: compiling the step: RESOURCE_EXHAUSTED",
+        "  frozen weights: 0 MiB",
+        "To fit: set train.remat",
+    )
+    assert_one_message(err, named)
+    assert not (tmp_path / "out").exists()
 
 
 def test_debug_shows_tracebacks_and_choices(write_run: WriteRun, run_main: Main) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 from pathlib import Path
@@ -14,7 +15,9 @@ import pytest
 from flax.traverse_util import flatten_dict
 from runs import Command, Main, WriteRun, save_model
 
+from jaxtune.config_io import dump_yaml, load_config
 from jaxtune.metrics import read_metrics
+from jaxtune.run_directory import RunDirectory
 
 # What tells of time and machine, and not of what was computed.
 TIMINGS = ("step_seconds", "tokens_per_second", "device_bytes")
@@ -69,7 +72,9 @@ def assert_same_end(output: Path, other: Path, step: int) -> None:
 
 
 def contents(directory: Path) -> dict[str, bytes]:
-    return {str(path): path.read_bytes() for path in sorted(directory.rglob("*")) if path.is_file()}
+    """Every file's bytes, but for the lock that a killed run leaves and the next one takes away."""
+    files = [path for path in sorted(directory.rglob("*")) if path.is_file() and path.name != ".lock"]
+    return {str(path): path.read_bytes() for path in files}
 
 
 @pytest.fixture(scope="module")
@@ -176,21 +181,86 @@ def test_nothing_to_resume_from(write_run: WriteRun, tmp_path: Path, run_main: M
     for _ in range(2):
         status, err = run_main("--config", config, "--resume")
         assert status == 2
-        assert f"error: --resume: no complete checkpoint in {tmp_path / 'out' / 'checkpoints'}; start in" in err
+        assert f"error: --resume: no complete checkpoint in {tmp_path / 'out' / 'checkpoints'}; run the same" in err
         (tmp_path / "out" / "checkpoints" / ".tmp-3").mkdir(parents=True, exist_ok=True)
 
 
-@pytest.mark.parametrize("left", ["config.yaml", "metrics.jsonl", "adapter"])
-def test_what_a_run_left_without_a_checkpoint_stays(
-    left: str, write_run: WriteRun, tmp_path: Path, run_main: Main, no_training: None
+LEFT = {
+    "adapter": ("adapter", "holds adapter, but no checkpoint"),
+    "metrics": ("metrics.jsonl", "holds metrics.jsonl, but no checkpoint"),
+    "a foreign file": ("config.yaml", "holds the beginning of another run ("),
+}
+
+
+@pytest.mark.parametrize(("left", "named"), LEFT.values(), ids=LEFT.keys())
+def test_what_is_not_this_run_s_beginning_stays(
+    left: str, named: str, write_run: WriteRun, tmp_path: Path, run_main: Main, no_training: None
 ) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / left).write_text(json.dumps({"step": 1}))
     before = contents(tmp_path / "out")
     status, err = run_main("--config", write_run())
     assert status == 2
-    assert f"error: output.dir {tmp_path / 'out'} holds {left}, but no checkpoint; delete what is there, or name" in err
+    assert f"error: output.dir {tmp_path / 'out'} {named}" in err
+    assert "; delete what is there, or name another with --set output.dir=..." in err
     assert contents(tmp_path / "out") == before
+
+
+def test_beginning_of_a_run_with_other_settings_stays(
+    write_run: WriteRun, tmp_path: Path, run_main: Main, no_training: None
+) -> None:
+    config = write_run()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "config.yaml").write_text(dump_yaml(load_config(config)))
+    before = contents(tmp_path / "out")
+    status, err = run_main("--config", config, "--set", "lora.r=8", "--set", "train.logging_steps=5")
+    assert status == 2
+    assert "holds the beginning of a run that differs in lora.r: 48 then, 8 now; delete what is there, or name" in err
+    assert contents(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("arguments", [[], ["--resume", "auto"]], ids=["plain", "auto"])
+def test_run_killed_before_its_first_checkpoint_starts_again(
+    arguments: list[str], write_run: WriteRun, tmp_path: Path, run_main: Main
+) -> None:
+    """The same command as before is enough; other files in the directory stay."""
+    config, output = write_run(train={"max_steps": 1}), tmp_path / "out"
+    (output / "checkpoints" / ".tmp-1").mkdir(parents=True)
+    (output / "config.yaml").write_text(dump_yaml(load_config(config)))
+    (output / "metrics.jsonl").write_text('{"step": 1, "loss": 5.0}\n{"st')
+    (output / ".lock").write_text("")
+    (output / "notes.txt").write_text("mine")
+    status, err = run_main("--config", config, *arguments)
+    assert status == 0, err
+    assert [record["step"] for record in computed(output) if "loss" in record] == [1]
+    assert computed(output)[-1]["loss"] != 5.0
+    names = ["adapter", "checkpoints", "config.yaml", "metrics.jsonl", "notes.txt"]
+    assert sorted(path.name for path in output.iterdir()) == names
+    assert [path.name for path in (output / "checkpoints").iterdir()] == ["1"]
+
+
+def test_resume_auto_goes_on_and_never_starts_over_what_cannot_be_read(
+    interrupted: Path, copy: Path, run_main: Main, no_training: None
+) -> None:
+    arguments = ["--config", interrupted / "run.yaml", "--set", f"output.dir={copy}", "--resume", "auto"]
+    with pytest.raises(AssertionError, match="load_model"):
+        run_main(*arguments)
+    (copy / "checkpoints" / "3" / "meta.json").write_text("{")
+    with pytest.warns(UserWarning, match="3 is damaged: meta.json"):
+        status, err = run_main(*arguments)
+    assert status == 2
+    assert "error: there is no readable checkpoint in" in err
+
+
+def test_second_run_in_the_same_directory_is_refused(write_run: WriteRun, tmp_path: Path, run_main: Main) -> None:
+    config = write_run()
+    with RunDirectory(load_config(config)):
+        status, err = run_main("--config", config)
+    assert status == 2
+    assert f"error: output.dir {tmp_path / 'out'} is in use by another run " in err
+    assert f'"process": {os.getpid()}' in err
+    assert "wait until it ends, or name another" in err
+    assert not (tmp_path / "out").exists()
 
 
 def test_new_run_never_overwrites_another(interrupted: Path, copy: Path, run_main: Main, no_training: None) -> None:

@@ -254,24 +254,24 @@ def through_json(meta: Any) -> Any:
 
 
 def test_same_run_may_go_on_even_where_files_have_moved() -> None:
-    meta = through_json(run_meta(a_run(), "data-1", "model-1", data_position=3))
+    meta = through_json(run_meta(a_run(), "data-1", "model-1", "float32", data_position=3))
     assert meta["data_position"] == 3
     assert len(meta["config_fingerprint"]) == 64
-    check_compatible(meta, a_run(), "data-1", "model-1")
+    check_compatible(meta, a_run(), "data-1", "model-1", "float32")
     moved = a_run(
         model=ModelConfig("/elsewhere/base"),
         data=DataConfig("/elsewhere/t.jsonl"),
         output=OutputConfig("runs/b", save_steps=1),
         train=TrainConfig(logging_steps=7, remat="none"),
     )
-    check_compatible(meta, moved, "data-1", "model-1")
+    check_compatible(meta, moved, "data-1", "model-1", "float32")
 
 
 def test_another_run_is_refused_with_every_difference() -> None:
-    meta = through_json(run_meta(a_run(), "data-1", "model-1"))
+    meta = through_json(run_meta(a_run(), "data-1", "model-1", "float32"))
     other = a_run(lora=LoraConfig(r=8, target_modules=("q_proj",)), train=TrainConfig(learning_rate=1e-4, max_steps=9))
     with pytest.raises(UserError) as caught:
-        check_compatible(meta, other, "data-2", "model-2")
+        check_compatible(meta, other, "data-2", "model-2", "bfloat16")
     for part in (
         "cannot resume: the checkpoint of step 5",
         "lora.r: 16 then, 8 now",
@@ -289,18 +289,18 @@ def test_another_run_is_refused_with_every_difference() -> None:
 def test_constant_rate_may_be_prolonged() -> None:
     short = a_run(train=TrainConfig(lr_scheduler_type="constant", max_steps=5))
     long = dataclasses.replace(short, train=dataclasses.replace(short.train, max_steps=50))
-    check_compatible(through_json(run_meta(short, "d", "m")), long, "d", "m")
+    check_compatible(through_json(run_meta(short, "d", "m", "float32")), long, "d", "m", "float32")
 
 
 def test_meta_of_another_release() -> None:
-    meta = through_json(run_meta(a_run(), "d", "m"))
+    meta = through_json(run_meta(a_run(), "d", "m", "float32"))
     del meta["config"]["lora"]["seed"]
-    check_compatible(meta, a_run(), "d", "m")
+    check_compatible(meta, a_run(), "d", "m", "float32")
     meta["config"]["lora"]["future"] = 1
     with pytest.raises(UserError, match=r"cannot resume: this release does not read .*unknown key lora.future"):
-        check_compatible(meta, a_run(), "d", "m")
+        check_compatible(meta, a_run(), "d", "m", "float32")
     with pytest.raises(UserError, match=r"cannot resume: this release does not read .*config"):
-        check_compatible({"step": 5}, a_run(), "d", "m")
+        check_compatible({"step": 5}, a_run(), "d", "m", "float32")
 
 
 def test_warning_and_check_order_of_restore_latest(tmp_path: Path) -> None:

@@ -1,0 +1,55 @@
+"""A base model as a run sees it before its weights are read."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import jax.numpy as jnp
+
+from jaxtune.config import ModelConfig
+from jaxtune.loading import (
+    Source,
+    fingerprint,
+    load_model,
+    load_tokenizer,
+    read_hf_config,
+    resolve_dtype,
+    resolve_source,
+)
+from jaxtune.models.config import DecoderConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+@dataclasses.dataclass(frozen=True)
+class BaseModel:
+    """A base model, known but for its weights.
+
+    dtype: compute dtype. fingerprint: hash of its content, which a resumed run must find again. load: gives the frozen
+    parameters on the device, read from the files or as they stand there already.
+    """
+
+    source: Source
+    tokenizer: PreTrainedTokenizerFast
+    decoder: DecoderConfig
+    dtype: jnp.dtype
+    fingerprint: str
+    load: Callable[[], Any]
+
+
+def find_base(config: ModelConfig) -> BaseModel:
+    """Find a base model's files and read what is small; its weights are left to `load`."""
+    source = resolve_source(config)
+    decoder = DecoderConfig.from_hf(read_hf_config(source))
+    dtype = resolve_dtype(config.dtype)
+    return BaseModel(
+        source,
+        load_tokenizer(source),
+        decoder,
+        dtype,
+        fingerprint(source),
+        load=lambda: load_model(config, dtype, source=source).frozen,
+    )

@@ -1,0 +1,77 @@
+"""The command line of the main job. Arguments and configuration are read before anything slow is imported."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+from jaxtune.config_io import check_files, load_config
+from jaxtune.errors import Interrupted, UserError
+
+_EXIT_CODES = """\
+exit status:
+  0          the run is complete
+  1          a defect of this program, with a traceback
+  2          something you can fix, said in one message (--debug adds the traceback)
+  130, 143   stopped by Ctrl-C (SIGINT) or SIGTERM; what was done is saved, and --resume continues it
+"""
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The arguments of `python -m jaxtune.train`."""
+    parser = argparse.ArgumentParser(
+        prog="python -m jaxtune.train",
+        description="Fine-tune a model with (Q)LoRA.",
+        epilog=_EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", required=True, help="YAML file of the run")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override: train.max_steps=5")
+    parser.add_argument(
+        "--resume",
+        nargs="?",
+        const="always",
+        choices=["always", "auto"],
+        help="continue from the newest checkpoint in output.dir; auto: or start, where there is none yet",
+    )
+    parser.add_argument("--debug", action="store_true", help="show tracebacks, and why an op's implementation is used")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the main job and return the exit status (`--help` lists them)."""
+    options = make_parser().parse_args(arguments)
+    # By force, since an imported library may have set up logging already.
+    logging.basicConfig(format="%(name)s: %(message)s", force=True)
+    for package in ("jaxtune", "pallas_kernels"):
+        logging.getLogger(package).setLevel(logging.INFO if options.debug else logging.WARNING)
+    # Read when the GPU client starts: memory is taken as it is needed instead of three quarters of the card at once.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    try:
+        config = load_config(options.config, options.set)
+        check_files(config)
+        # Takes seconds: by name, so that help and the mistakes above are answered at once.
+        importlib.import_module("jaxtune.train").run(
+            config, resume={"always": True, "auto": "auto"}.get(options.resume)
+        )
+    except Interrupted as stopped:
+        print(f"\n{stopped}", file=sys.stderr)
+        return 128 + stopped.signal
+    except KeyboardInterrupt:
+        print("\nstopped before the first update: nothing was done that could be lost", file=sys.stderr)
+        return 130
+    except (UserError, NotImplementedError) as error:
+        if options.debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if options.debug:
+            raise
+        print(f"error: the system refuses: {error}; check the path, its permissions and the disk", file=sys.stderr)
+        return 2
+    return 0

@@ -1,0 +1,69 @@
+"""What takes a run's memory, by component, and what to change where there is not enough of it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+
+from jaxtune.config import RunConfig
+from jaxtune.errors import UserError
+from jaxtune.metrics import format_bytes
+
+
+def tree_bytes(tree: Any) -> int:
+    """Bytes of all leaves together, on one device (or host) that holds them whole."""
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+
+
+def device_peak() -> int | None:
+    """The allocator's peak of the first device, in bytes; None where the device keeps no such count (a CPU)."""
+    stats = jax.devices()[0].memory_stats()
+    return stats.get("peak_bytes_in_use") if stats else None
+
+
+def device_limit() -> int | None:
+    """The most that the allocator of the first device gives, in bytes; None where it has no such limit."""
+    stats = jax.devices()[0].memory_stats()
+    return stats.get("bytes_limit") if stats else None
+
+
+def check_fits(components: Mapping[str, int], config: RunConfig) -> None:
+    """Raise UserError, before the first step, where the components together are more than the device has."""
+    limit = device_limit()
+    if limit is not None and sum(components.values()) > limit:
+        raise UserError(_report("the run does not fit the device", components, config))
+
+
+@contextlib.contextmanager
+def out_of_memory(phase: str, components: Mapping[str, int], config: RunConfig) -> Iterator[None]:
+    """Turn the running out of memory, of the device or the host, into a UserError with the components known so far."""
+    try:
+        yield
+    except (jax.errors.JaxRuntimeError, MemoryError) as error:
+        if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        reason = (str(error).splitlines() or ["the host has no more"])[0]
+        raise UserError(_report(f"out of memory: {phase}: {reason}", components, config)) from error
+
+
+def _report(what: str, components: Mapping[str, int], config: RunConfig) -> str:
+    limit = device_limit()
+    lines = [f"  {name}: {format_bytes(size)}" for name, size in components.items()]
+    head = "Known so far" if limit is None else f"Of {format_bytes(limit)} that the device gives"
+    train, data = config.train, config.data
+    remedies = []
+    if train.remat == "none":
+        remedies.append("set train.remat to full or offload (now none)")
+    elif train.remat != "offload":
+        remedies.append(f"set train.remat to offload (now {train.remat})")
+    if train.batch_size > config.mesh.data:
+        remedies.append(
+            f"lower train.batch_size (now {train.batch_size}) and raise train.gradient_accumulation_steps for it"
+        )
+    remedies.append(f"lower data.max_length (now {data.max_length}) or lora.r (now {config.lora.r})")
+    if not config.model.load_in_4bit:
+        remedies.append("set model.load_in_4bit to true")
+    return "\n".join([what, *([f"{head}:", *lines] if lines else []), "To fit: " + "; ".join(remedies)])
