@@ -32,13 +32,10 @@ def fetch(repo_id: str, revision: str | None, *, local_files_only: bool, check: 
         UserError: not found, no access, not in the cache while offline, no safetensors, or a failed download; names the
             remedy.
     """
-    try:
-        config = hf_hub_download(repo_id, "config.json", revision=revision, local_files_only=local_files_only)
-    except (errors.HFValidationError, errors.HTTPError, OSError) as error:
-        raise UserError(_explain(error, repo_id, revision)) from error
-    check(Path(config))
+    config = fetch_config(repo_id, revision, local_files_only=local_files_only)
+    check(config)
     # The commit that config.json came from: the branch may move between the two calls.
-    commit = Path(config).parent.name
+    commit = config.parent.name
     try:
         snapshot = snapshot_download(
             repo_id,
@@ -56,6 +53,14 @@ def fetch(repo_id: str, revision: str | None, *, local_files_only: bool, check: 
             "only a part of the model, download it once with a connection"
         )
     return Path(snapshot)
+
+
+def fetch_config(repo_id: str, revision: str | None, *, local_files_only: bool) -> Path:
+    """Bring a model's config.json into the hub's cache, or find it there; arguments and errors are those of `fetch`."""
+    try:
+        return Path(hf_hub_download(repo_id, "config.json", revision=revision, local_files_only=local_files_only))
+    except (errors.HFValidationError, errors.HTTPError, OSError) as error:
+        raise UserError(_explain(error, repo_id, revision)) from error
 
 
 def _explain(error: Exception, repo_id: str, revision: str | None) -> str:

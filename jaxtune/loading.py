@@ -27,6 +27,7 @@ from convert.gguf import open_gguf
 from convert.safetensors_io import TensorInfo, open_model
 from jaxtune import hub
 from jaxtune.config import ModelConfig
+from jaxtune.config_io import MODEL_SUFFIXES, local_path
 from jaxtune.errors import UserError
 from pallas_kernels import nf4
 from pallas_kernels.nf4 import NF4Tensor
@@ -185,12 +186,18 @@ def read_hf_config(source: Source) -> dict[str, Any]:
         return _open(source).hf_config
 
 
-def tensors_of(hf_config: Mapping[str, Any]) -> list[Slot]:
-    """Every tensor of a model with this HF config, by its family's table; no file is opened.
+def find_hf_config(config: ModelConfig) -> dict[str, Any]:
+    """`read_hf_config` for a plan: a directory may lack the weights, and of a hub model the config is fetched alone."""
+    name = config.name_or_path
+    if (directory := Path(name).expanduser()).is_dir():
+        return _check_config_file(directory / "config.json")
+    if name.startswith("package:") or local_path(name, MODEL_SUFFIXES):
+        return read_hf_config(resolve_source(config))
+    return _check_config_file(hub.fetch_config(name, config.revision, local_files_only=config.local_files_only))
 
-    Raises:
-        UserError: the family is not supported, or the config lacks one of its sizes.
-    """
+
+def tensors_of(hf_config: Mapping[str, Any]) -> list[Slot]:
+    """Every tensor of a model with this HF config, by its family's table; UserError where that cannot be told."""
     with user_errors():
         return families.get(hf_config["model_type"]).slots(hf_config)
 

@@ -1,0 +1,240 @@
+"""What one step of a run takes of a device, by a formula: for devices that are not here to compile for.
+
+The parts that stand between steps (weights, adapters, optimizer) are exact: they are added up from the arrays' shapes.
+The rest follows XLA's buffers in its three moments: the backward pass through the last layer, the loss, and the
+optimizer. Widths are counted in elements of the compute dtype per token (F MLP width, D model width, Q and K the widths
+of all query and of all key heads of a layer); `_KEPT`, `_LAYER`, `_DECODED` and `_UPDATE` were fitted to what XLA
+allocates on an H200 for Llama shapes of 1B, 8B and 13B, at 128 to 65,536 tokens and ranks of 8 to 256 (docs/memory.md
+has the comparison). A device at hand should be compiled for instead.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from jaxtune.config import RunConfig
+from jaxtune.devices import Device
+from jaxtune.models.config import DecoderConfig
+from jaxtune.structure import frozen_structure, state_structure, tree_bytes
+from pallas_kernels.cross_entropy import chunk_tokens
+
+_SIZES = {"bf16": 2, "fp16": 2, "fp32": 4}
+
+
+@dataclasses.dataclass(frozen=True)
+class Widths:
+    """Elements per token of a layer's arrays, by whose width they have."""
+
+    mlp: float
+    model: float
+    queries: float
+    keys: float
+
+
+# What a layer keeps for its backward pass: with "none" the inputs of every op.
+_KEPT = {
+    "none": Widths(mlp=3.0, model=4.5, queries=2.0, keys=2.0),
+    "full": Widths(mlp=0.0, model=1.0, queries=0.0, keys=0.0),
+    "offload": Widths(mlp=0.0, model=0.0, queries=0.0, keys=0.0),
+}
+POLICIES = tuple(_KEPT)
+# What exists at once while one layer is differentiated: where it is computed again first, and where all was kept.
+_LAYER_RECOMPUTED = Widths(mlp=6.0, model=5.6, queries=1.0, keys=2.4)
+_LAYER_KEPT = Widths(mlp=2.6, model=0.0, queries=0.0, keys=0.0)
+# 16-bit weights at once: the widest ones of a layer, or whole layers where layers are unrolled.
+_DECODED_WEIGHTS = 2.0
+_DECODED_LAYERS_UNROLLED = 8.0
+# Gradients, and what the optimizer makes of them before the adapter is written.
+_UPDATE = 1.75
+# Queries at a time of the attention that runs without cuDNN.
+_ATTENTION_SLICE = 512
+# Share of the data sheet's matrix rate and bandwidth that was seen, and elements read or written per token and layer
+# beside the products, in units of F + D: from the step of Llama-3-8B on an H200.
+_RATE_SHARE, _BANDWIDTH_SHARE = 0.75, 0.75
+_TRAFFIC = 53.0
+# The interpreter, JAX and its libraries in the host's memory.
+_HOST_PROCESS = {"gpu": 2 * 2**30, "cpu": 640 * 2**20}
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes on one device, by component, and on the host.
+
+    weights, adapters, optimizer: between steps. kept: activations that wait for their backward pass. gradients: of the
+    adapters, and their sums where several micro-batches are added up. layer: the backward pass of one layer. decoded:
+    16-bit copies of 4-bit weights. logits: the loss of one chunk of tokens. update: the optimizer's moment. host: the
+    process, and what `offload` keeps there.
+    """
+
+    weights: int
+    adapters: int
+    optimizer: int
+    gradients: int
+    kept: int
+    layer: int
+    decoded: int
+    logits: int
+    update: int
+    host: int
+
+    @property
+    def resident(self) -> int:
+        """Between steps."""
+        return self.weights + self.adapters + self.optimizer
+
+    @property
+    def peak(self) -> int:
+        """In the fullest moment of a step."""
+        backward = self.kept + self.gradients + self.layer + self.decoded
+        return self.resident + max(backward, self.kept + self.logits, self.update)
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """What the estimates of one run share, whatever its batch, length and policy.
+
+    parameters, trainable: counts. weights, adapters, optimizer: bytes. linears: elements of one layer's linears;
+    widest: of the largest of them. packed: whether they are held in 4 bits.
+    """
+
+    decoder: DecoderConfig
+    parameters: int
+    trainable: int
+    weights: int
+    adapters: int
+    optimizer: int
+    linears: int
+    widest: int
+    packed: bool
+
+
+def measure_model(config: RunConfig, hf_config: dict[str, Any], dtype: str) -> Model:
+    """Add up a run's weights, adapters and optimizer state, held or computed in `dtype` (bf16, fp16 or fp32)."""
+    numpy_dtype = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}[dtype]
+    decoder = DecoderConfig.from_hf(hf_config)
+    frozen = frozen_structure(hf_config, config.model, numpy_dtype)
+    one_a_byte = frozen_structure(hf_config, dataclasses.replace(config.model, load_in_4bit=False), "uint8")
+    state = state_structure(config, decoder, numpy_dtype)
+    sizes = [out * into for out, into in decoder.linear_shapes().values()]
+    return Model(
+        decoder,
+        parameters=tree_bytes(one_a_byte),
+        trainable=tree_bytes(state.lora) // {"fp32": 4, "bf16": 2}[config.lora.dtype],
+        weights=tree_bytes(frozen),
+        adapters=tree_bytes(state.lora),
+        optimizer=tree_bytes(state.opt_state),
+        linears=sum(sizes),
+        widest=max(sizes),
+        packed=config.model.load_in_4bit,
+    )
+
+
+def estimate_memory(config: RunConfig, model: Model, device: Device, dtype: str, policy: str) -> Memory:
+    """The memory of one step under a policy of `POLICIES`."""
+    decoder, size = model.decoder, _SIZES[dtype]
+    rows = config.train.batch_size // (config.mesh.data * config.mesh.fsdp)
+    length = config.data.max_length
+    tokens = rows * length
+
+    def bytes_of(widths: Widths) -> int:
+        heads = decoder.num_heads * decoder.head_dim, decoder.num_kv_heads * decoder.head_dim
+        elements = widths.mlp * decoder.intermediate_size + widths.model * decoder.hidden_size
+        return int(size * tokens * (elements + widths.queries * heads[0] + widths.keys * heads[1]))
+
+    # In the adapter's dtype; their sums over micro-batches, and what the optimizer takes, are float32.
+    sums = 4 * model.trainable if config.train.gradient_accumulation_steps > 1 else 0
+    layer = bytes_of(_LAYER_KEPT if policy == "none" else _LAYER_RECOMPUTED)
+    layer += _attention_scratch(config, decoder, device, rows)
+    kept = decoder.num_layers * bytes_of(_KEPT[policy])
+    if config.lora.lora_dropout > 0:
+        # The mask of the widest input, a byte an element, and the random bits that it is made of.
+        layer += 5 * tokens * decoder.intermediate_size
+        if policy == "none":
+            inputs = sum(into for _, into in decoder.linear_shapes().values())
+            kept += decoder.num_layers * tokens * inputs
+    decoded_elements = _DECODED_LAYERS_UNROLLED * model.linears if policy == "none" else _DECODED_WEIGHTS * model.widest
+    chunk = min(tokens, config.train.loss_chunk or chunk_tokens(decoder.vocab_size))
+    offloaded = decoder.num_layers * size * tokens * decoder.hidden_size if policy == "offload" else 0
+    return Memory(
+        weights=model.weights,
+        adapters=model.adapters,
+        optimizer=model.optimizer,
+        gradients=model.adapters + sums,
+        kept=kept,
+        layer=layer,
+        decoded=int(size * decoded_elements) if model.packed else 0,
+        # Logits in float32, their gradient in 16 bits, and the hidden states in the order they are learnt in.
+        logits=6 * chunk * decoder.vocab_size + 4 * size * tokens * decoder.hidden_size,
+        update=int(_UPDATE * 4 * model.trainable),
+        host=_HOST_PROCESS["cpu" if device.capability is None else "gpu"] + offloaded,
+    )
+
+
+def _attention_scratch(config: RunConfig, decoder: DecoderConfig, device: Device, rows: int) -> int:
+    """What attention needs beside its inputs and outputs: cuDNN a mask of packed rows, XLA the scores of a slice."""
+    length = config.data.max_length
+    if device.capability is not None and device.capability >= 8.0:
+        return 2 * rows * length * length if config.data.packing else 0
+    return 2 * 4 * rows * decoder.num_heads * min(_ATTENTION_SLICE, length) * length
+
+
+def step_flops(config: RunConfig, model: Model, policy: str) -> float:
+    """Floating-point operations of one update, every place of every row counted.
+
+    Forward and backward pass of the frozen linears (4 for each weight and token: no gradient of the weight is made), of
+    the adapters (6), of causal attention and of the head; where layers are computed again, their forward pass twice.
+    """
+    decoder, train = model.decoder, config.train
+    tokens = train.batch_size * train.gradient_accumulation_steps * config.data.max_length
+    forward = 2 * decoder.num_layers * model.linears + 2 * model.trainable
+    attention = 2 * decoder.num_layers * config.data.max_length * decoder.num_heads * decoder.head_dim
+    head = 4 * decoder.vocab_size * decoder.hidden_size
+    again = 0 if policy == "none" else forward + attention
+    return tokens * (2 * forward + 2 * model.trainable + 3.5 * attention + head + again)
+
+
+def step_seconds(config: RunConfig, model: Model, device: Device, dtype: str, policy: str) -> float:
+    """Time of one update: matrix products at a share of the data sheet's rate, then the traffic between them.
+
+    seconds = flops / (0.75 * rate) + bytes / (0.75 * bandwidth); where `offload`'s copies take longer than all of that,
+    their time. One card and one model were measured: elsewhere it is a guess within a factor of about 1.5.
+    """
+    decoder, train = model.decoder, config.train
+    tokens = train.batch_size * train.gradient_accumulation_steps * config.data.max_length
+    widths = decoder.intermediate_size + decoder.hidden_size
+    traffic = _TRAFFIC * tokens * decoder.num_layers * widths * _SIZES[dtype]
+    busy = step_flops(config, model, policy) / (_RATE_SHARE * device.flops) + traffic / (
+        _BANDWIDTH_SHARE * device.bandwidth
+    )
+    copied = 2 * decoder.num_layers * tokens * decoder.hidden_size * _SIZES[dtype] if policy == "offload" else 0
+    devices = config.mesh.data * config.mesh.fsdp
+    return max(busy, copied / device.host_bandwidth) / devices
+
+
+def largest(config: RunConfig, model: Model, device: Device, dtype: str, policy: str, *, what: str) -> int:
+    """The largest `batch_size` at the run's length, or the longest `max_length` of one row, that fits; 0 for none."""
+    devices = config.mesh.data * config.mesh.fsdp
+
+    def fits(count: int) -> bool:
+        if what == "batch_size":
+            changed = dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=count * devices))
+        else:
+            changed = dataclasses.replace(
+                config,
+                train=dataclasses.replace(config.train, batch_size=devices),
+                data=dataclasses.replace(config.data, max_length=count),
+            )
+        return estimate_memory(changed, model, device, dtype, policy).peak <= device.usable
+
+    # A batch counts rows a device; a length counts in 256 tokens, since nobody needs it closer.
+    unit = 1 if what == "batch_size" else 256
+    if not fits(unit):
+        return 0
+    low, high = 1, 2
+    while fits(high * unit) and high * unit < 2**22:
+        low, high = high, high * 2
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle * unit) else (low, middle)
+    return low * unit * (devices if what == "batch_size" else 1)
