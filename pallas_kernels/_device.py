@@ -2,11 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
+from jax.sharding import AbstractDevice, AbstractMesh
+
+# The GPU that `lower_for_cuda` stands for.
+_H200 = AbstractDevice("NVIDIA H200", num_cores=132, platform="gpu")
+_CAPABILITIES = {"NVIDIA H200": 9.0}
 
 
 def compute_capability() -> float | None:
-    """The compute capability of the default device, such as 9.0, or None where it is no NVIDIA GPU."""
+    """The compute capability of the GPU at hand, such as 9.0, or None where it is no NVIDIA GPU.
+
+    It is that of the default device; within `lower_for_cuda`, on a machine without a GPU, that of the one it stands
+    for.
+    """
     device = jax.devices()[0]
+    if device.platform != "gpu":
+        target = jax.sharding.get_abstract_mesh().abstract_device
+        return None if target is None else _CAPABILITIES.get(target.device_kind)
     capability = getattr(device, "compute_capability", None)
-    return float(capability) if device.platform == "gpu" and capability else None
+    return float(capability) if capability else None
+
+
+def lower_for_cuda(function: Callable[..., Any], *arguments: Any, donate: tuple[int, ...] = ()) -> str:
+    """The program that `function` of arrays (or their shapes) becomes on an H200, as StableHLO; needs no GPU.
+
+    A kernel that uses what its backend cannot lower, or more shared memory than there is, raises here.
+    """
+    mesh = AbstractMesh((1,), ("x",), abstract_device=_H200)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arguments)
+    with jax.sharding.use_abstract_mesh(mesh):
+        traced = jax.jit(lambda *args: function(*args), donate_argnums=donate).trace(*shapes)
+        return traced.lower(lowering_platforms=("cuda",)).as_text()

@@ -1,5 +1,5 @@
 """Gated linear unit of the MLP."""
 
-from pallas_kernels.glu.api import glu
+from pallas_kernels.glu.api import glu, glu_backward, glu_forward
 
-__all__ = ["glu"]
+__all__ = ["glu", "glu_backward", "glu_forward"]

@@ -9,24 +9,31 @@ from __future__ import annotations
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels.glu.reference import glu_reference
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def glu_xla(gate: Array, up: Array, activation: str) -> Array:
-    """See `pallas_kernels.glu.api.glu`."""
-    return glu_reference(gate, up, activation)
+def glu_forward_xla(operands: tuple[Array, ...], activation: str, tail: int) -> Array:
+    """See `pallas_kernels.glu.api.glu_forward`."""
+    h = glu_reference(*_halves(operands), activation)
+    return jnp.pad(h, ((0, 0), (0, tail))) if tail else h
 
 
-def _fwd(gate: Array, up: Array, activation: str) -> tuple[Array, tuple[Array, Array]]:
-    return glu_reference(gate, up, activation), (gate, up)
+def glu_backward_xla(
+    dh: Array, operands: tuple[Array, ...], activation: str, with_h: bool
+) -> tuple[Array | None, tuple[Array, ...]]:
+    """See `pallas_kernels.glu.api.glu_backward`."""
+    gate, up = _halves(operands)
+    width = gate.shape[1]
+    h, pullback = jax.vjp(partial(glu_reference, activation=activation), gate, up)
+    gradients = pullback(dh[:, :width].astype(h.dtype))
+    if len(operands) == 1:
+        gradients = (jnp.concatenate(gradients, axis=1),)
+    return (jnp.concatenate([h, dh[:, width:]], axis=1) if with_h else None), gradients
 
 
-def _bwd(activation: str, residuals: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
-    _, pullback = jax.vjp(partial(glu_reference, activation=activation), *residuals)
-    return pullback(dy)
-
-
-glu_xla.defvjp(_fwd, _bwd)
+def _halves(operands: tuple[Array, ...]) -> tuple[Array, Array]:
+    gate, up = operands if len(operands) == 2 else jnp.split(operands[0], 2, axis=1)
+    return gate, up

@@ -1,15 +1,12 @@
-"""RMSNorm, RoPE and the gated units against float64 truth."""
+"""RMSNorm and RoPE against float64 truth."""
 
 from __future__ import annotations
-
-import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.glu import glu
 from pallas_kernels.rms_norm import rms_norm
 from pallas_kernels.rope import rope
 
@@ -62,36 +59,8 @@ def test_rope_rotates_pairs_by_position_and_keeps_products_of_differences() -> N
     assert k_rotated.shape == k.shape
 
 
-def gelu(x: float) -> float:
-    return 0.5 * x * (1 + math.erf(x / math.sqrt(2)))
-
-
-def gelu_tanh(x: float) -> float:
-    return 0.5 * x * (1 + math.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
-
-
-@pytest.mark.parametrize(
-    ("activation", "definition"),
-    [("silu", lambda x: x / (1 + math.exp(-x))), ("gelu", gelu), ("gelu_tanh", gelu_tanh)],
-)
-def test_gated_units(activation: str, definition: object) -> None:
-    gate, up = 3 * normal(5, 33), normal(5, 33)
-    exact = np.vectorize(definition)(np.asarray(gate, np.float64))
-    np.testing.assert_allclose(glu(gate, up, activation=activation), exact * np.asarray(up), atol=3e-6)
-    d_gate, d_up = jax.grad(lambda g, u: jnp.sum(glu(g, u, activation=activation)), argnums=(0, 1))(gate, up)
-    step = 1e-5
-    wide = np.asarray(gate, np.float64)
-    slope = (np.vectorize(definition)(wide + step) - np.vectorize(definition)(wide - step)) / (2 * step)
-    np.testing.assert_allclose(d_up, exact, atol=3e-6)
-    np.testing.assert_allclose(d_gate, slope * np.asarray(up), atol=2e-5)
-
-
 def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match="must agree"):
         rms_norm(normal(2, 4), normal(5))
     with pytest.raises(ValueError, match="must be twice"):
         rope(normal(1, 2, 1, 8), normal(1, 2, 1, 8), normal(1, 2, 3), normal(1, 2, 3))
-    with pytest.raises(ValueError, match="one shape"):
-        glu(normal(2, 4), normal(2, 5))
-    with pytest.raises(ValueError, match="'relu' is unknown"):
-        glu(normal(2, 4), normal(2, 4), activation="relu")
