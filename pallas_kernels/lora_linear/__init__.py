@@ -1,5 +1,6 @@
-"""A frozen linear layer with a low-rank adapter."""
+"""Frozen linear layers with low-rank adapters."""
 
-from pallas_kernels.lora_linear.api import lora_linear
+from pallas_kernels.lora_linear.api import grouped_lora_linear, lora_linear
+from pallas_kernels.lora_linear.projection import Projection
 
-__all__ = ["lora_linear"]
+__all__ = ["Projection", "grouped_lora_linear", "lora_linear"]

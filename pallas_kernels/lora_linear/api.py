@@ -1,4 +1,4 @@
-"""A frozen linear layer with a low-rank adapter: the public function."""
+"""Frozen linear layers with low-rank adapters: the public functions."""
 
 from __future__ import annotations
 
@@ -6,8 +6,12 @@ from jax import Array
 from jaxtyping import Float, Key
 
 from pallas_kernels._dispatch import choose
+from pallas_kernels.lora_linear.projection import Group, Projection, check_group, extended_reason
+from pallas_kernels.lora_linear.triton import lora_linear_triton
 from pallas_kernels.lora_linear.xla import lora_linear_xla
 from pallas_kernels.nf4 import NF4Tensor
+
+_IMPLEMENTATIONS = {"triton": lora_linear_triton, "xla": lora_linear_xla}
 
 
 def lora_linear(
@@ -31,25 +35,48 @@ def lora_linear(
         lora_a: [R, K], lora_b: [N, R], in any floating dtype (cast to x's for the products); both or neither.
         scaling: lora_alpha / r, or lora_alpha / sqrt(r).
         dropout_rate: probability that an element of the adapter's input is dropped; needs `dropout_key` to take effect.
-        implementation: "xla", or None to choose.
+        implementation: "triton", "xla", or None to choose.
 
     Returns:
         [..., N] in x's dtype.
 
     Raises:
-        ValueError: shapes do not fit together.
+        ValueError: shapes do not fit together, or an unknown implementation.
+        NotImplementedError: the named implementation cannot serve this call; the text says why.
     """
-    n, k = weight.shape
-    if x.shape[-1] != k:
-        raise ValueError(f"lora_linear: x has width {x.shape[-1]}, the weight [N, K] = {weight.shape} needs {k}")
-    if (lora_a is None) != (lora_b is None):
-        raise ValueError("lora_linear: lora_a and lora_b come together; one of them is None")
-    if lora_a is not None and lora_b is not None:
-        r = lora_a.shape[0]
-        if lora_a.shape != (r, k) or lora_b.shape != (n, r):
-            raise ValueError(
-                f"lora_linear: lora_a {lora_a.shape} and lora_b {lora_b.shape} must be [R, {k}] and [{n}, R] "
-                f"for a weight {weight.shape}"
-            )
-    choose("lora_linear", implementation, {"xla": lambda: None})
-    return lora_linear_xla(x, weight, bias, lora_a, lora_b, dropout_key, scaling, dropout_rate)
+    return grouped_lora_linear(
+        x,
+        [Projection(weight, bias, lora_a, lora_b)],
+        scaling=scaling,
+        dropout_rate=dropout_rate,
+        dropout_key=dropout_key,
+        implementation=implementation,
+    )
+
+
+def grouped_lora_linear(
+    x: Float[Array, "*M K"],
+    group: Group,
+    *,
+    scaling: float = 1.0,
+    dropout_rate: float = 0.0,
+    dropout_key: Key[Array, ""] | None = None,
+    implementation: str | None = None,
+) -> Float[Array, "*M N"]:
+    """`lora_linear` for several layers that share x, as one product.
+
+    Args:
+        x: [..., K].
+        group: the layers; each may or may not have an adapter, and each has dropout of its own.
+
+    Returns:
+        [..., sum of N] in x's dtype: the layers' results beside each other, in the group's order.
+
+    Raises:
+        As `lora_linear`.
+    """
+    check_group("lora_linear", x.shape[-1], group)
+    chosen = choose("lora_linear", implementation, {"triton": lambda: extended_reason(group), "xla": lambda: None})
+    rows = x.reshape(-1, x.shape[-1])
+    y = _IMPLEMENTATIONS[chosen](rows, tuple(group), dropout_key, scaling, dropout_rate)
+    return y.reshape(*x.shape[:-1], -1)

@@ -1,4 +1,4 @@
-"""The adapted linear layer through XLA: base matmul and adapter as separate products.
+"""Adapted linear layers through XLA, in the separate form (see projection.py).
 
 Why it exists: it runs everywhere and is what the kernels are measured against. Numerics: products accumulate in
 float32; the base's is rounded to x's dtype, and the adapter's is added to it, so that a GPU can do the addition while
@@ -12,95 +12,52 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 
-from pallas_kernels.nf4 import NF4Tensor, dequantize
-
-Residuals = tuple[Array, Any, Array | None, Array | None, Array | None]
-
-
-def _dot(x: Array, w: Array, w_axis: int) -> Array:
-    """Contract x's last axis with axis `w_axis` of the matrix w, in x's dtype."""
-    return lax.dot_general(x, w.astype(x.dtype), (((x.ndim - 1,), (w_axis,)), ((), ())))
-
-
-def _outer(a: Array, b: Array) -> Array:
-    """Sum over all leading axes of a^T b, in float32: [.., I], [.., J] -> [I, J]."""
-    axes = tuple(range(a.ndim - 1))
-    return lax.dot_general(a, b, ((axes, axes), ((), ())), preferred_element_type=jnp.float32)
+from pallas_kernels.lora_linear.projection import (
+    Group,
+    block_b,
+    decoded,
+    dot,
+    low_rank,
+    low_rank_backward,
+    outer_transposed,
+    split_gradients,
+    stacked_a,
+    tail_width,
+    with_bias,
+)
 
 
-def _decoded(weight: Array | NF4Tensor, x: Array) -> tuple[Array, Array]:
-    """The weight in x's dtype, and x."""
-    if not isinstance(weight, NF4Tensor):
-        return weight.astype(x.dtype), x
-    # The tie to x: without it XLA may decode the weights of every layer before the first one runs.
-    packed, x = lax.optimization_barrier((weight, x))
-    return jnp.asarray(dequantize(packed, x.dtype)), x
-
-
-def _dropout(x: Array, rate: float, key: Array | None) -> Array:
-    if rate == 0.0 or key is None:
-        return x
-    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
-    return jnp.where(keep, x / (1.0 - rate), 0).astype(x.dtype)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(6, 7))
-def lora_linear_xla(
-    x: Array,
-    weight: Array | NF4Tensor,
-    bias: Array | None,
-    lora_a: Array | None,
-    lora_b: Array | None,
-    dropout_key: Array | None,
-    scaling: float,
-    dropout_rate: float,
-) -> Array:
-    """See `pallas_kernels.lora_linear.api.lora_linear`."""
-    w, x = _decoded(weight, x)
-    y = _dot(x, w, 1)
-    if bias is not None:
-        y = y + bias.astype(x.dtype)
-    if lora_a is not None and lora_b is not None:
-        y = y + _dot(scaling * _dot(_dropout(x, dropout_rate, dropout_key), lora_a, 1), lora_b, 1)
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def lora_linear_xla(x: Array, group: Group, dropout_key: Array | None, scaling: float, dropout_rate: float) -> Array:
+    """[M, K] -> [M, sum of N]; see `pallas_kernels.lora_linear.api`."""
+    w, x = decoded(group, x)
+    y = with_bias(dot(x, w, 1), group)
+    tail = tail_width(group, extended=False)
+    if tail:
+        t = low_rank(x, stacked_a(group, tail, scaling, x.dtype), group, dropout_key, dropout_rate)
+        y = y + dot(t, block_b(group, tail, x.dtype), 1)
     return y
 
 
 def _fwd(
-    x: Array,
-    weight: Array | NF4Tensor,
-    bias: Array | None,
-    lora_a: Array | None,
-    lora_b: Array | None,
-    dropout_key: Array | None,
-    scaling: float,
-    dropout_rate: float,
-) -> tuple[Array, Residuals]:
-    y = lora_linear_xla(x, weight, bias, lora_a, lora_b, dropout_key, scaling, dropout_rate)
-    return y, (x, weight, lora_a, lora_b, dropout_key)
+    x: Array, group: Group, dropout_key: Array | None, scaling: float, dropout_rate: float
+) -> tuple[Array, tuple[Any, ...]]:
+    return lora_linear_xla(x, group, dropout_key, scaling, dropout_rate), (x, group, dropout_key)
 
 
-def _bwd(scaling: float, dropout_rate: float, residuals: Residuals, dy: Array) -> tuple[Array | None, ...]:
-    x, weight, lora_a, lora_b, dropout_key = residuals
-    w, dy = _decoded(weight, dy)
-    dx = _dot(dy, w, 0)
-    if lora_a is None or lora_b is None:
-        return dx, None, None, None, None, None
-    dropped = _dropout(x, dropout_rate, dropout_key)
-    low_rank = _dot(dropped, lora_a, 1)
-    d_low_rank = scaling * _dot(dy, lora_b, 0)
-    d_lora_a = _outer(d_low_rank, dropped).astype(lora_a.dtype)
-    if x.dtype == jnp.bfloat16:
-        # XLA's CPU code runs no bf16 product that is written transposed (jax 0.10 and 0.11).
-        d_lora_b = (scaling * _outer(dy, low_rank)).astype(lora_b.dtype)
-    else:
-        # The narrow operand first: XLA transposes the first one, and on a CPU that would be dY, the widest array here.
-        d_lora_b = (scaling * _outer(low_rank, dy)).T.astype(lora_b.dtype)
-    # Dropout's backward is dropout itself with the same key.
-    dx = dx + _dropout(_dot(d_low_rank, lora_a, 0), dropout_rate, dropout_key)
-    return dx, None, None, d_lora_a, d_lora_b, None
+def _bwd(scaling: float, dropout_rate: float, residuals: tuple[Any, ...], dy: Array) -> tuple[Any, ...]:
+    x, group, dropout_key = residuals
+    w, dy = decoded(group, dy)
+    dx = dot(dy, w, 0)
+    tail = tail_width(group, extended=False)
+    if not tail:
+        return dx, split_gradients(group, None, None), None
+    a, b = stacked_a(group, tail, scaling, x.dtype), block_b(group, tail, x.dtype)
+    dt, t = dot(dy, b, 0), low_rank(x, a, group, dropout_key, dropout_rate)
+    through_adapter, d_a = low_rank_backward(dt, x, a, group, dropout_key, dropout_rate)
+    return dx + through_adapter, split_gradients(group, scaling * d_a, outer_transposed(t, dy)), None
 
 
 lora_linear_xla.defvjp(_fwd, _bwd)

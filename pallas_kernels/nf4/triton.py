@@ -40,7 +40,9 @@ def nf4_dequantize_triton(t: NF4Tensor, dtype: Any) -> Array:
     return decode_into(None, t, dtype, rows=t.shape[0], columns=t.shape[1])
 
 
-def decode_into(scratch: Array | None, t: NF4Tensor, dtype: Any, *, rows: int, columns: int, first_row: int = 0) -> Array:
+def decode_into(
+    scratch: Array | None, t: NF4Tensor, dtype: Any, *, rows: int, columns: int, first_row: int = 0
+) -> Array:
     """Decode t into [rows, columns], at row `first_row` and column 0; everything else is left as it is.
 
     Args:
@@ -76,7 +78,9 @@ def decode_into(scratch: Array | None, t: NF4Tensor, dtype: Any, *, rows: int, c
         values = jnp.stack([high * scales[:, None], low * scales[:, None]], axis=-1)
         at_rows = pl.ds(first_row + pl.program_id(0) * tile_rows, tile_rows)
         at_columns = pl.ds(pl.program_id(1) * tile_columns, tile_columns)
-        plt.store(out_ref.at[at_rows, at_columns], _rounded(values, t.dtype).astype(dtype).reshape(tile_rows, tile_columns))
+        plt.store(
+            out_ref.at[at_rows, at_columns], _rounded(values, t.dtype).astype(dtype).reshape(tile_rows, tile_columns)
+        )
 
     whole = [pl.BlockSpec(memory_space=pl.ANY)]
     operands: list[Any] = [t.codes.reshape(n, k // 2), t.absmax.reshape(n, k // block), jnp.asarray(NF4_TABLE)]

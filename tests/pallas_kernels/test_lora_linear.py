@@ -74,7 +74,7 @@ def test_bfloat16_error_is_that_of_the_reference() -> None:
 def test_dropout_acts_on_the_adapter_alone() -> None:
     x, w, _, a, bb = inputs()
     key, rate = jax.random.key(3), 0.4
-    keep = jax.random.bernoulli(key, 1 - rate, x.shape) / (1 - rate)
+    keep = jax.random.bernoulli(jax.random.fold_in(key, 0), 1 - rate, x.shape) / (1 - rate)
 
     def ours(x: jax.Array, a: jax.Array, bb: jax.Array) -> jax.Array:
         return lora_linear(x, w, None, a, bb, scaling=SCALING, dropout_rate=rate, dropout_key=key)

@@ -1,0 +1,67 @@
+"""Gated linear unit and the adapted linear layer behind it: the public function."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jax import Array
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Float, Key
+
+from pallas_kernels._dispatch import choose
+from pallas_kernels.glu import glu
+from pallas_kernels.glu_linear.rows import unsupported_reason
+from pallas_kernels.glu_linear.triton import glu_linear_triton
+from pallas_kernels.lora_linear import grouped_lora_linear
+from pallas_kernels.lora_linear.projection import Projection, check_group, extended_reason
+
+
+def glu_linear(
+    gate_up: Float[Array, "*M F2"],
+    projection: Projection,
+    *,
+    activation: str = "silu",
+    scaling: float = 1.0,
+    dropout_rate: float = 0.0,
+    dropout_key: Key[Array, ""] | None = None,
+    name: str | None = None,
+    implementation: str | None = None,
+) -> Float[Array, "*M N"]:
+    """lora_linear(activation(gate) * up), differentiable in gate_up and the adapter.
+
+    Args:
+        gate_up: [..., 2F], gate and up beside each other, as `norm_linear` returns them.
+        projection: the layer [N, F] behind.
+        activation: as in `glu`. scaling, dropout_rate, dropout_key: as in `lora_linear`.
+        name: `checkpoint_name` of the result.
+        implementation: "triton", "xla", or None to choose.
+
+    Returns:
+        [..., N] in gate_up's dtype.
+
+    Raises:
+        ValueError: shapes do not fit together, or an unknown activation or implementation.
+        NotImplementedError: the named implementation cannot serve this call; the text says why.
+    """
+    width = gate_up.shape[-1]
+    if width % 2:
+        raise ValueError(f"glu_linear: gate_up {gate_up.shape} must hold gate and up of one width beside each other")
+    group = (projection,)
+    check_group("glu_linear", width // 2, group)
+    candidates = {
+        "triton": lambda: unsupported_reason(activation) or extended_reason(group),
+        "xla": lambda: None,
+    }
+    if choose("glu_linear", implementation, candidates) == "triton":
+        rows = gate_up.reshape(-1, width)
+        y = glu_linear_triton(rows, projection, dropout_key, activation, scaling, dropout_rate, name)
+        return y.reshape(*gate_up.shape[:-1], -1)
+    gate, up = jnp.split(gate_up, 2, axis=-1)
+    y = grouped_lora_linear(
+        glu(gate, up, activation=activation, implementation="xla"),
+        group,
+        scaling=scaling,
+        dropout_rate=dropout_rate,
+        dropout_key=dropout_key,
+        implementation="xla",
+    )
+    return y if name is None else checkpoint_name(y, name)

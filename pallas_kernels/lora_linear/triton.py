@@ -1,0 +1,84 @@
+"""Adapted linear layers in the extended form (see projection.py), with weights decoded by the Triton kernel.
+
+Why it exists: on the gate projection of an 8B model adapters in products of their own cost 23 % of the base's time, as
+columns of the base's product 4 %. Numerics: base and adapter are summed in float32 and rounded once; the low-rank
+product itself is rounded to x's dtype. Saved for the backward pass: x and its low-rank product.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from pallas_kernels.lora_linear.projection import (
+    Group,
+    block_b,
+    dot,
+    extended_columns,
+    extended_rows,
+    low_rank,
+    low_rank_backward,
+    outer,
+    outer_transposed,
+    split_gradients,
+    stacked_a,
+    tail_width,
+    with_bias,
+)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def lora_linear_triton(x: Array, group: Group, dropout_key: Array | None, scaling: float, dropout_rate: float) -> Array:
+    """[M, K] -> [M, sum of N]; see `pallas_kernels.lora_linear.api`."""
+    return _fwd(x, group, dropout_key, scaling, dropout_rate)[0]
+
+
+def extended_product(
+    padded: Array, group: Group, dropout_key: Array | None, scaling: float, dropout_rate: float
+) -> tuple[Array, Array]:
+    """The forward product of an input [M, K + tail] whose last columns are zero: [M, sum of N], and x A^T."""
+    tail = tail_width(group, extended=True)
+    k = padded.shape[1] - tail
+    t = low_rank(padded, stacked_a(group, tail, scaling, padded.dtype), group, dropout_key, dropout_rate)
+    w, extended = extended_columns(group, tail, lax.dynamic_update_slice(padded, t, (0, k)))
+    return with_bias(dot(extended, w, 1), group), t
+
+
+def narrow_backward(dy: Array, t: Array, group: Group, scaling: float) -> tuple[Array, Array, Array]:
+    """dX [M, K] of one layer without dropout, the low-rank gradient [M, tail], and that of lora_b [N, tail].
+
+    One product `[dY, dY B] [W; s A]`, which pays where dY is not wider than x.
+    """
+    tail = tail_width(group, extended=True)
+    dt = dot(dy, block_b(group, tail, dy.dtype), 0)
+    w, extended = extended_rows(group[0], stacked_a(group, tail, scaling, dy.dtype), jnp.concatenate([dy, dt], axis=1))
+    return dot(extended, w, 0), dt, outer_transposed(t, dy)
+
+
+def _fwd(
+    x: Array, group: Group, dropout_key: Array | None, scaling: float, dropout_rate: float
+) -> tuple[Array, tuple[Any, ...]]:
+    tail = tail_width(group, extended=True)
+    y, t = extended_product(jnp.pad(x, ((0, 0), (0, tail))), group, dropout_key, scaling, dropout_rate)
+    return y, (x, t, group, dropout_key)
+
+
+def _bwd(scaling: float, dropout_rate: float, residuals: tuple[Any, ...], dy: Array) -> tuple[Any, ...]:
+    x, t, group, dropout_key = residuals
+    tail = tail_width(group, extended=True)
+    if len(group) == 1 and (dropout_rate == 0.0 or dropout_key is None):
+        dx, dt, d_b = narrow_backward(dy, t, group, scaling)
+        return dx, split_gradients(group, scaling * outer(dt, x), d_b), None
+    w, dy = extended_columns(group, tail, dy)
+    dx_dt = dot(dy, w, 0)
+    dx, dt = dx_dt[:, :-tail], dx_dt[:, -tail:]
+    a = stacked_a(group, tail, scaling, x.dtype)
+    through_adapter, d_a = low_rank_backward(dt, x, a, group, dropout_key, dropout_rate)
+    return dx + through_adapter, split_gradients(group, scaling * d_a, outer_transposed(t, dy)), None
+
+
+lora_linear_triton.defvjp(_fwd, _bwd)

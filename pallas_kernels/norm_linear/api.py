@@ -1,0 +1,66 @@
+"""Residual addition, RMSNorm and the adapted linear layers behind it: the public function."""
+
+from __future__ import annotations
+
+from jax import Array
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Float, Key
+
+from pallas_kernels._dispatch import choose
+from pallas_kernels.lora_linear import grouped_lora_linear
+from pallas_kernels.lora_linear.projection import Group, check_group, extended_reason
+from pallas_kernels.norm_linear.triton import norm_linear_triton
+from pallas_kernels.rms_norm import rms_norm
+
+
+def norm_linear(
+    x: Float[Array, "*M D"],
+    scale: Float[Array, D],
+    group: Group,
+    *,
+    residual: Float[Array, "*M D"] | None = None,
+    eps: float = 1e-6,
+    unit_offset: bool = False,
+    scaling: float = 1.0,
+    dropout_rate: float = 0.0,
+    dropout_key: Key[Array, ""] | None = None,
+    name: str | None = None,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "*M N"], Float[Array, "*M D"]]:
+    """grouped_lora_linear(rms_norm(x + residual)), differentiable in x, residual and the adapters.
+
+    Args:
+        x: [..., D]. residual: the same, or None.
+        scale: [D], of the norm; it is frozen. eps, unit_offset: as in `rms_norm`.
+        group: layers that share the normalised rows (q, k, v; or gate and up).
+        scaling, dropout_rate, dropout_key: as in `lora_linear`.
+        name: `checkpoint_name` of the result, for rematerialisation policies; the sum is named name_input.
+        implementation: "triton", "xla", or None to choose.
+
+    Returns:
+        [..., sum of N], the layers' results beside each other; and x + residual.
+
+    Raises:
+        ValueError: shapes do not fit together, or an unknown implementation.
+        NotImplementedError: the named implementation cannot serve this call; the text says why.
+    """
+    d = x.shape[-1]
+    check_group("norm_linear", d, group)
+    if scale.shape != (d,) or (residual is not None and residual.shape != x.shape):
+        shapes = f"x {x.shape}, scale {scale.shape}, residual {None if residual is None else residual.shape}"
+        raise ValueError(f"norm_linear: {shapes}; scale must be [{d}] and the residual like x")
+    chosen = choose("norm_linear", implementation, {"triton": lambda: extended_reason(group), "xla": lambda: None})
+    if chosen == "triton":
+        rows, added = x.reshape(-1, d), None if residual is None else residual.reshape(-1, d)
+        y, total = norm_linear_triton(
+            rows, added, scale, tuple(group), dropout_key, eps, unit_offset, scaling, dropout_rate, name
+        )
+        return y.reshape(*x.shape[:-1], -1), total.reshape(x.shape)
+    total = x if residual is None else x + residual
+    h = rms_norm(total, scale, eps=eps, unit_offset=unit_offset)
+    y = grouped_lora_linear(
+        h, group, scaling=scaling, dropout_rate=dropout_rate, dropout_key=dropout_key, implementation="xla"
+    )
+    if name is not None:
+        y, total = checkpoint_name(y, name), checkpoint_name(total, f"{name}_input")
+    return y, total
