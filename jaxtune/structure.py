@@ -13,10 +13,10 @@ import numpy as np
 
 from jaxtune.config import ModelConfig, RunConfig
 from jaxtune.loading import tensors_of
-from jaxtune.lora import init_lora
+from jaxtune.lora import adaptation, init_lora
 from jaxtune.models.config import DecoderConfig
 from jaxtune.optim import make_optimizer
-from jaxtune.step import TrainState, init_state
+from jaxtune.step import StepConfig, TrainState, batch_sharding, init_state, jit_train_step, make_mesh, replicated
 from pallas_kernels import nf4
 
 
@@ -65,6 +65,46 @@ def batch_structure(
     shape = config.train.gradient_accumulation_steps, config.train.batch_size, config.data.max_length
     dtypes = dict.fromkeys(("tokens", "targets", "positions", "segment_ids"), jnp.int32) | {"loss_weights": jnp.float32}
     return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in dtypes.items()}
+
+
+def step_settings(config: RunConfig, decoder: DecoderConfig, dtype: Any) -> StepConfig:
+    """What the step of a run is compiled with on the device at hand."""
+    train = config.train
+    return StepConfig(
+        decoder,
+        adaptation(config.lora),
+        dtype,
+        packed=config.data.packing,
+        remat=train.remat,
+        # A loop over layers copies what it keeps for the backward pass in and out: 2 ms a layer of an 8B model.
+        unroll=train.remat == "none" and jax.default_backend() == "gpu",
+        max_grad_norm=train.max_grad_norm,
+        loss_chunk=train.loss_chunk,
+    )
+
+
+def compile_step(config: RunConfig, hf_config: Mapping[str, Any], dtype: Any) -> jax.stages.Compiled:
+    """The run's step, compiled for the devices at hand from shapes alone: no weight is read, no memory taken."""
+    decoder = DecoderConfig.from_hf(hf_config)
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+
+    def placed(leaf: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated(mesh))
+
+    frozen = jax.tree.map(placed, frozen_structure(hf_config, config.model, dtype))
+    state = jax.tree.map(placed, state_structure(config, decoder, dtype))
+    # The horizon changes constants only.
+    jitted: Any = jit_train_step(make_optimizer(config.train, 1000), step_settings(config, decoder, dtype), mesh)
+    compiled: jax.stages.Compiled = jitted.lower(state, frozen, batch_structure(config, batch_sharding(mesh))).compile()
+    return compiled
+
+
+def step_bytes(compiled: jax.stages.Compiled) -> int:
+    """The most that a compiled step holds of one device, its arguments (weights, state, batch) included."""
+    analysis = compiled.memory_analysis()
+    assert analysis is not None
+    new_outputs = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+    return int(analysis.argument_size_in_bytes + analysis.temp_size_in_bytes + new_outputs)
 
 
 def tree_bytes(tree: Any) -> int:

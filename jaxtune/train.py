@@ -28,15 +28,16 @@ from jaxtune.data.loader import Dataset, Loader, build
 from jaxtune.errors import UserError
 from jaxtune.evaluation import held_out_loss
 from jaxtune.export import save_peft_adapter
-from jaxtune.lora import adaptation, count_parameters, init_lora
+from jaxtune.lora import count_parameters, init_lora
 from jaxtune.memory import check_fits, device_peak, out_of_memory, tree_bytes
 from jaxtune.metrics import MetricsWriter, Progress, format_bytes, host_peak_rss
 from jaxtune.optim import make_optimizer, make_schedule
 from jaxtune.preflight import check_devices, check_vocabulary, count_steps, describe_data
 from jaxtune.run_directory import Resume, RunDirectory
 from jaxtune.samples import answer, encode_prompt
-from jaxtune.step import StepConfig, batch_sharding, init_state, jit_eval_step, jit_train_step, make_mesh, replicated
+from jaxtune.step import batch_sharding, init_state, jit_eval_step, jit_train_step, make_mesh, replicated
 from jaxtune.stopping import StopRequests
+from jaxtune.structure import step_settings
 
 __all__ = ["Outcome", "fit", "main", "run", "train"]
 
@@ -149,17 +150,7 @@ def fit(
     def place(batch: dict[str, np.ndarray]) -> Any:
         return jax.device_put(batch, batch_sharding(mesh))
 
-    step_config = StepConfig(
-        decoder,
-        adaptation(config.lora),
-        base.dtype,
-        packed=config.data.packing,
-        remat=settings.remat,
-        # A loop over layers copies what it keeps for the backward pass in and out: 2 ms a layer of an 8B model.
-        unroll=settings.remat == "none" and jax.default_backend() == "gpu",
-        max_grad_norm=settings.max_grad_norm,
-        loss_chunk=settings.loss_chunk,
-    )
+    step_config = step_settings(config, decoder, base.dtype)
     batch = place(loader.batch(first_step))
     with progress.phase("compile the step"), out_of_memory("compiling the step", memory, config):
         jitted: Any = jit_train_step(optimizer, step_config, mesh)
