@@ -1,98 +1,218 @@
-"""Greedy generation from the frozen weights and an adapter: one prefill, then a token at a time from a KV cache."""
+"""`python -m jaxtune.generate`: continue prompts with a model, straight from NF4 and an adapter, text as it is made."""
 
 from __future__ import annotations
 
-from functools import partial
+import argparse
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-from jax import Array, lax
 
+from jaxtune.base import find_base
+from jaxtune.config import ModelConfig, OutputConfig
+from jaxtune.decoding import Generator
+from jaxtune.errors import UserError
+from jaxtune.export import load_peft_adapter
 from jaxtune.linear import Adaptation
+from jaxtune.loading import Source, load_tokenizer, read_hf_config
+from jaxtune.lora import GROUP_OF_LINEAR, adaptation
 from jaxtune.models.config import DecoderConfig
-from jaxtune.models.decoder import Cache, Tree, hidden_states, logits
-
-PROMPT_BUCKET = 64
-
-
-def empty_cache(config: DecoderConfig, batch: int, length: int, dtype: Any) -> Cache:
-    """A KV cache for `length` tokens: {"k", "v"}: [L, B, S, K, H]."""
-    shape = (config.num_layers, batch, length, config.num_kv_heads, config.head_dim)
-    return {"k": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype)}
+from jaxtune.samples import TextGenerator, encode_chat, encode_text, stop_ids
+from jaxtune.sampling import Sampling
 
 
-@partial(jax.jit, static_argnames=("config", "adaptation", "dtype", "max_new_tokens", "stop_ids"))
-def _generate(
-    frozen: Tree,
-    lora: Tree,
-    prompt: Array,
-    prompt_length: Array,
-    config: DecoderConfig,
-    adaptation: Adaptation,
-    dtype: Any,
-    max_new_tokens: int,
-    stop_ids: tuple[int, ...],
-) -> tuple[Array, Array]:
-    """New tokens [max_new_tokens] and how many of them count; `prompt` is [bucket], padded behind prompt_length."""
+def load_text_generator(config: ModelConfig, adapter: str | Path | None = None) -> TextGenerator:
+    """Load a base model, with an adapter on it if one is named, ready to answer.
 
-    def run(tokens: Array, positions: Array, cache: Cache, start: Array) -> tuple[Array, Cache]:
-        hidden, cache_after = hidden_states(
-            frozen, lora, tokens, positions, None, config, adaptation, dtype=dtype, cache=cache, cache_start=start
-        )
-        assert cache_after is not None
-        return hidden, cache_after
-
-    bucket = prompt.shape[0]
-    cache = empty_cache(config, 1, bucket + max_new_tokens, dtype)
-    # The padding behind the prompt is written into the cache too; each new token overwrites its slot before it is seen.
-    hidden, cache = run(prompt[None], jnp.arange(bucket)[None], cache, jnp.int32(0))
-    last = lax.dynamic_slice_in_dim(hidden, prompt_length - 1, 1, axis=1)
-    first = jnp.argmax(logits(frozen, last)[0, 0]).astype(jnp.int32)
-
-    def unfinished(carry: tuple[Array, Array, Cache]) -> Array:
-        count, tokens, _ = carry
-        stopped = jnp.isin(tokens[count - 1], jnp.array(stop_ids, jnp.int32)) if stop_ids else False
-        return (count < max_new_tokens) & jnp.logical_not(stopped)
-
-    def one_more(carry: tuple[Array, Array, Cache]) -> tuple[Array, Array, Cache]:
-        count, tokens, cache = carry
-        at = prompt_length + count - 1
-        hidden, cache = run(tokens[count - 1][None, None], at[None, None], cache, at)
-        token = jnp.argmax(logits(frozen, hidden)[0, 0]).astype(jnp.int32)
-        return count + 1, tokens.at[count].set(token), cache
-
-    tokens = jnp.zeros((max_new_tokens,), jnp.int32).at[0].set(first)
-    count, tokens, _ = lax.while_loop(unfinished, one_more, (jnp.int32(1), tokens, cache))
-    return tokens, count
-
-
-def generate(
-    frozen: Tree,
-    lora: Tree,
-    prompt_ids: list[int],
-    config: DecoderConfig,
-    adaptation: Adaptation,
-    *,
-    dtype: Any,
-    max_new_tokens: int,
-    stop_ids: tuple[int, ...] = (),
-) -> list[int]:
-    """The most likely continuation of `prompt_ids`, token by token, up to and without the first of `stop_ids`.
-
-    Prompts are padded to a multiple of 64 tokens, so that prompts of similar length share one compiled program.
+    The tokenizer is the adapter's own where one was saved beside it, else the base model's. Answers end with the
+    tokenizer's end of sequence and with the tokens that the model's `config.json` and `generation_config.json` name.
 
     Raises:
-        ValueError: the prompt is empty or max_new_tokens is not positive.
+        UserError: files that are missing or damaged, or an adapter of another model.
     """
-    if not prompt_ids or max_new_tokens < 1:
-        raise ValueError(
-            f"generate: needs a prompt and max_new_tokens >= 1, got {len(prompt_ids)} tokens and {max_new_tokens}"
-        )
-    padded = np.zeros(-(-len(prompt_ids) // PROMPT_BUCKET) * PROMPT_BUCKET, np.int32)
-    padded[: len(prompt_ids)] = prompt_ids
-    length = jnp.int32(len(prompt_ids))
-    tokens, count = _generate(frozen, lora, padded, length, config, adaptation, dtype, max_new_tokens, stop_ids)
-    new = np.asarray(tokens)[: int(count)].tolist()
-    return new[:-1] if new[-1] in stop_ids else new
+    base = find_base(config)
+    lora: dict[str, Any] = {}
+    acts, tokenizer = Adaptation(), base.tokenizer
+    if adapter is not None:
+        directory = Path(adapter).expanduser()
+        lora, lora_config = load_peft_adapter(directory, model_type=base.decoder.model_type)
+        check_adapter(lora, base.decoder, directory)
+        acts = adaptation(lora_config)
+        if (directory / "tokenizer.json").is_file():
+            tokenizer = load_tokenizer(Source(str(directory), directory))
+    generator = Generator(base.load(), jax.device_put(lora), base.decoder, acts, base.dtype)
+    return TextGenerator(generator, tokenizer, model_stop_ids(tokenizer, base.source))
+
+
+def model_stop_ids(tokenizer: Any, source: Source) -> tuple[int, ...]:
+    """Tokens that end an answer, as the tokenizer and the model's files name them."""
+    configs = [read_hf_config(source)]
+    generation_config = source.path / "generation_config.json"
+    if not source.is_gguf and generation_config.is_file():
+        try:
+            configs.append(json.loads(generation_config.read_text(encoding="utf-8")))
+        except ValueError as error:
+            raise UserError(f"{generation_config} is no valid JSON: {error}; take the model's own file") from error
+    return stop_ids(tokenizer, *configs)
+
+
+def check_adapter(lora: Mapping[str, Any], decoder: DecoderConfig, name: str | Path) -> None:
+    """Raise UserError where an adapter's tensors do not fit a model's linears."""
+    for linear, (n, k) in decoder.linear_shapes().items():
+        leaves = lora["layers"].get(GROUP_OF_LINEAR[linear], {}).get(linear)
+        if leaves is None:
+            continue
+        (*layers, _, width), (*_, out, _) = leaves["lora_A"].shape, leaves["lora_B"].shape
+        if (layers, out, width) != ([decoder.num_layers], n, k):
+            raise UserError(
+                f"adapter {name}: {linear} was made for {layers[0]} layers of [{out}, {width}], the model has "
+                f"{decoder.num_layers} of [{n}, {k}]; name the adapter's own base model"
+            )
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments that say what answers."""
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", help="as in model.name_or_path; left out, the adapter's base model")
+    group.add_argument("--adapter", type=Path, help="directory of a PEFT adapter, such as runs/mine/adapter")
+    group.add_argument("--revision", help="branch, tag or commit of a hub model")
+    group.add_argument("--dtype", default="auto", choices=["auto", "bf16", "fp16", "fp32"], help="compute dtype")
+    group.add_argument("--no-4bit", action="store_true", help="hold the weights in the compute dtype instead of NF4")
+    group.add_argument("--local-files-only", action="store_true", help="never ask the hub")
+
+
+def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments that say how it answers."""
+    group = parser.add_argument_group("answer")
+    group.add_argument("--max-new-tokens", type=int, default=256, help="at most this many a prompt (256)")
+    group.add_argument("--temperature", type=float, default=0.0, help="0, the default, takes the most likely token")
+    group.add_argument("--top-k", type=int, help="draw among the k most likely tokens")
+    group.add_argument("--top-p", type=float, help="draw among the fewest tokens whose probabilities add up to p")
+    group.add_argument(
+        "--min-p", type=float, help="draw among tokens at least p times as likely as the most likely one"
+    )
+    group.add_argument("--repetition-penalty", type=float, default=1.0, help="above 1: repeat less")
+    group.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable")
+    group.add_argument("--seed", type=int, default=0, help="of the draws (0)")
+    group.add_argument("--system", metavar="TEXT", help="system message before the prompt")
+
+
+def read_sampling(options: argparse.Namespace) -> Sampling:
+    """How to choose tokens; raises UserError for values out of range, and for filters that would have no effect."""
+    if options.max_new_tokens < 1:
+        raise UserError(f"--max-new-tokens is {options.max_new_tokens}; set it to 1 or more")
+    filters = {name: getattr(options, name) for name in ("top_k", "top_p", "min_p")}
+    if options.temperature == 0 and (given := [name for name, value in filters.items() if value is not None]):
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise UserError(f"{flags} without --temperature: the most likely token is taken anyway; add --temperature 1")
+    return Sampling(options.temperature, **filters, repetition_penalty=options.repetition_penalty, seed=options.seed)
+
+
+def load_from_arguments(options: argparse.Namespace) -> TextGenerator:
+    """The model that the arguments name."""
+    name = options.model or _base_of(options.adapter)
+    config = ModelConfig(
+        name,
+        revision=options.revision,
+        local_files_only=options.local_files_only,
+        load_in_4bit=not options.no_4bit,
+        dtype=options.dtype,
+    )
+    cache = OutputConfig("-").compile_cache
+    assert cache is not None
+    jax.config.update("jax_compilation_cache_dir", str(Path(cache).expanduser()))
+    started = time.perf_counter()
+    text = load_text_generator(config, options.adapter)
+    print(f"loaded {name} in {time.perf_counter() - started:.1f} s", file=sys.stderr)
+    return text
+
+
+def _base_of(adapter: Path | None) -> str:
+    if adapter is None:
+        raise UserError("name a model with --model, or an adapter with --adapter")
+    path = adapter.expanduser() / "adapter_config.json"
+    try:
+        name = json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} does not name its base model ({error}); name it with --model") from error
+    return str(name)
+
+
+@contextmanager
+def command_errors() -> Iterator[None]:
+    """Ends the process with status 2 and one message for what the user can fix."""
+    try:
+        yield
+    except (UserError, NotImplementedError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def encode(text: TextGenerator, prompt: str, system: str | None, *, raw: bool) -> list[int]:
+    """Token ids of one prompt: through the chat template, or as it stands with `raw` or where there is no template.
+
+    Raises:
+        UserError: a system message that nothing can carry, or a template that refuses.
+    """
+    if raw or not text.tokenizer.chat_template:
+        if system is not None:
+            raise UserError("--system needs a chat template (and no --raw); put the text into the prompt")
+        return encode_text(text.tokenizer, prompt, "--prompt")
+    before = [] if system is None else [{"role": "system", "content": system}]
+    return encode_chat(text.tokenizer, [*before, {"role": "user", "content": prompt}], "--prompt")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m jaxtune.generate",
+        description="Continue prompts. One prompt is answered as a stream of text, several together as a batch.",
+    )
+    add_model_arguments(parser)
+    parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="repeatable; - reads stdin")
+    parser.add_argument("--raw", action="store_true", help="continue the text itself: no chat template")
+    parser.add_argument("--json", action="store_true", help="one JSON object a prompt, on one line")
+    add_sampling_arguments(parser)
+    options = parser.parse_args(arguments)
+    # Read when the GPU client starts: memory is taken as it is needed.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    logging.basicConfig(format="%(name)s: %(message)s", level=logging.WARNING)
+    with command_errors():
+        sampling = read_sampling(options)
+        prompts = [sys.stdin.read().rstrip("\n") if prompt == "-" else prompt for prompt in options.prompt]
+        if not prompts:
+            raise UserError("name a prompt with --prompt")
+        text = load_from_arguments(options)
+        ids = [encode(text, prompt, options.system, raw=options.raw) for prompt in prompts]
+        started = time.perf_counter()
+        show: Callable[[str], Any] = (lambda piece: None) if options.json or len(prompts) > 1 else _write
+        pieces = []
+        for piece in text.stream(ids, max_new_tokens=options.max_new_tokens, sampling=sampling, stop=options.stop):
+            pieces.append(piece)
+            show(piece[0])
+        seconds = time.perf_counter() - started
+        answers = ["".join(row) for row in zip(*pieces)]
+    if options.json:
+        for prompt, answer in zip(prompts, answers):
+            print(json.dumps({"prompt": prompt, "answer": answer}, ensure_ascii=False))
+    elif len(prompts) == 1:
+        print()
+    else:
+        print("\n\n".join(f"> {prompt}\n{answer}" for prompt, answer in zip(prompts, answers)))
+    print(f"{sum(map(len, ids))} prompt tokens, answered in {seconds:.1f} s (with compiling)", file=sys.stderr)
+    return 0
+
+
+def _write(piece: str) -> None:
+    print(piece, end="", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
