@@ -1,5 +1,5 @@
 """Root-mean-square normalisation."""
 
-from pallas_kernels.rms_norm.api import rms_norm
+from pallas_kernels.rms_norm.api import add_rms_norm, rms_norm, rms_norm_backward, rms_norm_forward
 
-__all__ = ["rms_norm"]
+__all__ = ["add_rms_norm", "rms_norm", "rms_norm_backward", "rms_norm_forward"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float
@@ -16,6 +18,11 @@ def rms_norm_reference(
     """
     x_f32 = x.astype(jnp.float32)
     inverse_rms = lax.rsqrt(jnp.mean(jnp.square(x_f32), axis=-1, keepdims=True) + eps)
+    return scaled(x_f32 * inverse_rms, scale, x.dtype, unit_offset)
+
+
+def scaled(normalised: Array, scale: Array, dtype: Any, unit_offset: bool) -> Array:
+    """Normalised rows (float32) times their factor, with the roundings of `rms_norm_reference`."""
     if unit_offset:
-        return (x_f32 * inverse_rms * (1.0 + scale.astype(jnp.float32))).astype(x.dtype)
-    return (x_f32 * inverse_rms).astype(x.dtype) * scale.astype(x.dtype)
+        return (normalised * (1.0 + scale.astype(jnp.float32))).astype(dtype)
+    return normalised.astype(dtype) * scale.astype(dtype)
