@@ -21,10 +21,10 @@ import jax.numpy as jnp
 import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from convert import bnb4bit, families
+from convert import bnb4bit, families, flax_tree
+from convert.checkpoint import Checkpoint, open_checkpoint
 from convert.families.table import Load, Slot
 from convert.gguf import open_gguf
-from convert.safetensors_io import TensorInfo, open_model
 from jaxtune import hub
 from jaxtune.config import ModelConfig
 from jaxtune.config_io import MODEL_SUFFIXES, local_path
@@ -65,16 +65,6 @@ class LoadedModel:
     hf_config: dict[str, Any]
     frozen: dict[str, Any]
     source: Source
-
-
-@dataclasses.dataclass(frozen=True)
-class _Checkpoint:
-    """What all formats have in common."""
-
-    hf_config: dict[str, Any]
-    infos: dict[str, TensorInfo]
-    read: Callable[[str], np.ndarray]
-    files: tuple[Path, ...]
 
 
 @contextlib.contextmanager
@@ -154,6 +144,8 @@ def load_model(
         NotImplementedError: a quantisation or file variant that is not read here.
     """
     source = source or resolve_source(config)
+    if flax_tree.is_tree(source.path):
+        return _restore(config, dtype, source)
     with user_errors():
         checkpoint = _open(source)
         family = families.get(checkpoint.hf_config["model_type"])
@@ -172,7 +164,7 @@ def load_model(
         bytes_read += sum(checkpoint.infos[name].nbytes for name in load.sources)
         if progress is not None:
             progress(done, len(loads), bytes_read)
-    return LoadedModel(checkpoint.hf_config, frozen, source)
+    return LoadedModel(families.completed(checkpoint.hf_config), frozen, source)
 
 
 def read_hf_config(source: Source) -> dict[str, Any]:
@@ -183,7 +175,7 @@ def read_hf_config(source: Source) -> dict[str, Any]:
         NotImplementedError: a quantisation or file variant that is not read here.
     """
     with user_errors():
-        return _open(source).hf_config
+        return families.completed(_open(source).hf_config)
 
 
 def find_hf_config(config: ModelConfig) -> dict[str, Any]:
@@ -291,15 +283,31 @@ def _check_config_file(path: Path) -> dict[str, Any]:
     return config
 
 
-def _open(source: Source) -> _Checkpoint:
+def _open(source: Source) -> Checkpoint:
     """Read headers and config; the tensors' data stay on disk."""
-    if source.is_gguf:
-        gguf = open_gguf(source.path)
-        infos = {name: TensorInfo(info.dtype, info.shape) for name, info in gguf.tensors.items()}
-        return _Checkpoint(gguf.hf_config, infos, gguf.read, (source.path,))
-    config = _check_config_file(source.path / "config.json")
-    model = open_model(source.path)
-    return _Checkpoint(config, model.infos, model.read, model.files)
+    if not source.is_gguf:
+        _check_config_file(source.path / "config.json")
+    return open_checkpoint(source.path)
+
+
+def _restore(config: ModelConfig, dtype: jnp.dtype, source: Source) -> LoadedModel:
+    """A tree that was saved whole: nothing is quantised, and in the dtype it was saved in nothing changes at all."""
+    with user_errors():
+        tree = flax_tree.load_tree(source.path)
+    if "lora" in tree:
+        raise UserError(
+            f"{source.path}: the adapter in it would be left out here; export its base model alone (python -m "
+            "jaxtune.export --model ... --to flax), or merge the two (--to merged)"
+        )
+    leaves, structure = jax.tree.flatten(tree["params"], is_leaf=lambda leaf: isinstance(leaf, NF4Tensor))
+    packed = [isinstance(leaf, NF4Tensor) for leaf in leaves]
+    if config.load_in_4bit and not any(packed):
+        raise UserError(f"{source.path}: its weights were saved dense; set model.load_in_4bit to false")
+    keep = [config.load_in_4bit and is_packed for is_packed in packed]
+    placed = [jax.device_put(leaf, may_alias=False) if k else _dense(leaf, dtype) for leaf, k in zip(leaves, keep)]
+    if not _all_finite(placed):
+        raise UserError(f"{source.path}: it holds NaN or numbers beyond {dtype.name}; set model.dtype as it was saved")
+    return LoadedModel(families.completed(_open(source).hf_config), jax.tree.unflatten(structure, placed), source)
 
 
 def _packed_paths(loads: list[Load], prequantised: bool, dtype: jnp.dtype) -> set[tuple[str, ...]]:
@@ -326,15 +334,12 @@ def _packed_paths(loads: list[Load], prequantised: bool, dtype: jnp.dtype) -> se
     return packed
 
 
-def _fetch(checkpoint: _Checkpoint, load: Load) -> np.ndarray | NF4Tensor:
+def _fetch(checkpoint: Checkpoint, load: Load) -> np.ndarray | NF4Tensor:
     """One tensor on the host, as it is stored, in our orientation."""
-    if load.is_packed:
-        value = bnb4bit.pack(load.slot.name, {name: checkpoint.read(name) for name in load.sources})
-        if value.shape != load.slot.shape:
-            raise ValueError(f"packed from shape {list(value.shape)}, expected {list(load.slot.shape)}")
+    value = checkpoint.weight(load)
+    if load.slot.transform is None or isinstance(value, NF4Tensor):
         return value
-    tensor = checkpoint.read(load.slot.name)
-    return tensor if load.slot.transform is None else load.slot.transform.to_ours(tensor)
+    return load.slot.transform.to_ours(value)
 
 
 def _packed(value: np.ndarray | NF4Tensor, dtype: jnp.dtype, double_quant: bool) -> NF4Tensor:

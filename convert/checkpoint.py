@@ -1,0 +1,96 @@
+"""A model's files, whatever their format: config, and tensors by their Hugging Face names, read when asked for."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from convert import bnb4bit, families, flax_tree
+from convert.families.table import Family, Load
+from convert.gguf import GgufFile, open_gguf
+from convert.safetensors_io import TensorInfo, open_model
+from pallas_kernels.nf4 import NF4Tensor
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """path: a directory or a GGUF file. hf_config: config.json's content. infos: of the stored tensors, in the order of
+    the files. read: gives a stored tensor. files: those that hold tensors. gguf: the opened file, if it is one.
+    """
+
+    path: Path
+    hf_config: dict[str, Any]
+    infos: dict[str, TensorInfo]
+    read: Callable[[str], np.ndarray]
+    files: tuple[Path, ...]
+    gguf: GgufFile | None = None
+
+    @property
+    def family(self) -> Family:
+        """The model's family; ValueError where it is not supported."""
+        return families.get(self.hf_config["model_type"])
+
+    @cached_property
+    def loads(self) -> list[Load]:
+        """Every tensor of the model and where it is stored; ValueError lists all that do not fit."""
+        return self.family.plan(self.infos, self.hf_config)
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether any weight is stored in bitsandbytes' 4 bits."""
+        return any(load.is_packed for load in self.loads)
+
+    def weight(self, load: Load) -> np.ndarray | NF4Tensor:
+        """One tensor of ours in Hugging Face's form, dense or packed, as it is stored.
+
+        Raises:
+            ValueError: a damaged group of packed tensors.
+        """
+        rows = load.slot.rows
+        if not load.is_packed:
+            tensor = self.read(load.slot.name)
+            return tensor if rows is None else tensor[slice(*rows)]
+        packed = bnb4bit.pack(load.slot.name, {name: self.read(name) for name in load.sources})
+        if packed.shape != load.slot.stored_shape:
+            raise ValueError(f"{load.slot.name}: packed from shape {packed.shape}, expected {load.slot.stored_shape}")
+        return packed if rows is None else bnb4bit.take_rows(packed, *rows)
+
+
+def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+    """Open a model directory of safetensors or a GGUF file; tensors stay on disk.
+
+    Of a directory of `flax_tree` there are only config, infos (by path in the tree) and files.
+
+    Raises:
+        ValueError: nothing that is read here, damaged files, or an unsupported family.
+        NotImplementedError: a variant of these that is not read.
+    """
+    path = Path(path)
+    if path.is_file():
+        gguf = open_gguf(path)
+        infos = {name: TensorInfo(info.dtype, info.shape) for name, info in gguf.tensors.items()}
+        return Checkpoint(path, gguf.hf_config, infos, gguf.read, (path,), gguf)
+    if not (path / "config.json").is_file():
+        what = "there is no config.json in it" if path.is_dir() else "there is nothing of that name"
+        raise ValueError(f"{path}: {what}; name a model's directory or a .gguf file")
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        families.get(config["model_type"])
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path / 'config.json'}: it states no model_type; take the model's own file") from error
+    bnb4bit.is_quantized(config)
+    if flax_tree.is_tree(path):
+        return Checkpoint(path, config, flax_tree.tree_infos(path), _read_no_tree, flax_tree.tree_files(path))
+    model = open_model(path)
+    return Checkpoint(path, config, model.infos, model.read, model.files)
+
+
+def _read_no_tree(name: str) -> np.ndarray:
+    raise ValueError(f"{name}: a saved tree is read whole, not tensor by tensor; start from the model it was made of")
