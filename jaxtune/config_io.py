@@ -210,8 +210,9 @@ def check_files(config: RunConfig) -> None:
     model = config.model.name_or_path
     if not model.startswith("package:") and (path := local_path(model, MODEL_SUFFIXES)) and not os.path.exists(path):
         raise UserError(_absent("model.name_or_path", path))
-    for key, source in (("data.train", config.data.train), ("data.eval", config.data.eval)):
-        if source is not None and (path := local_path(source)) and not os.path.exists(path):
+    named = [("data.train", source) for source in config.data.sources]
+    for key, source in [*named, *(("data.eval", source) for source in config.data.eval_sets.values())]:
+        if (path := local_path(source)) and not os.path.exists(path):
             raise UserError(_absent(key, path))
     output = Path(config.output.dir).expanduser()
     if os.path.exists(output) and not output.is_dir():

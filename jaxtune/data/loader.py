@@ -13,9 +13,10 @@ import numpy as np
 from jaxtyping import Int
 
 from jaxtune.config import DataConfig
-from jaxtune.data.chat import Document, encode
+from jaxtune.data.encoding import Document, Encoder, Tally
+from jaxtune.data.forms import detect_form
 from jaxtune.data.packing import Batch, Rows, pack
-from jaxtune.data.sources import detect_form, load_records
+from jaxtune.data.sources import open_records
 from jaxtune.errors import UserError
 
 if TYPE_CHECKING:
@@ -106,15 +107,16 @@ def build(config: DataConfig, tokenizer: PreTrainedTokenizerBase, split: Literal
         UserError: see `load_records`, `detect_form` and `encode`; also a document that is too long, where
             `data.overlong` is error, and a split with nothing to learn.
     """
-    name, part = (config.train, config.train_split) if split == "train" else (config.eval, config.eval_split)
-    if name is None:
+    names, part = (config.sources, config.train_split) if split == "train" else (config.eval_sets, config.eval_split)
+    if not names:
         raise UserError("data.eval names no file or dataset; set it, or ask for no evaluation")
-    records = load_records(name, part)
-    form = detect_form(records.column_names, config, name)
-    encoded = list(encode(records, form, tokenizer, config, name))
+    name = next(iter(names if split == "train" else config.eval_sets.values()))
+    records = open_records(name, part)
+    form = detect_form(records.columns, config, name)
+    encoded = list(Encoder(tokenizer, config).encode(records, form, Tally()))
 
     documents, overlong = _fit(encoded, config, name)
-    learning = [document for document in documents if document.learnt.any()]
+    learning = [document for document in documents if document.weights.any()]
     if not learning:
         raise UserError(
             f"{name}: none of {len(encoded)} records has anything to learn ({len(encoded) - len(documents)} dropped as "
@@ -129,7 +131,7 @@ def build(config: DataConfig, tokenizer: PreTrainedTokenizerBase, split: Literal
         unlearnt=len(documents) - len(learning),
         documents=len(learning),
         tokens=tokens,
-        learnt_tokens=int(rows.loss_weights.sum(dtype=np.float64)),
+        learnt_tokens=int(np.count_nonzero(rows.loss_weights)),
         rows=len(rows),
         fill=tokens / rows.tokens.size,
     )
@@ -148,7 +150,7 @@ def _fit(documents: list[Document], config: DataConfig, name: str) -> tuple[list
         )
     if config.overlong == "drop":
         return [document for document in documents if len(document.tokens) <= limit], len(overlong)
-    return [Document(document.tokens[:limit], document.learnt[:limit]) for document in documents], len(overlong)
+    return [Document(document.tokens[:limit], document.weights[:limit]) for document in documents], len(overlong)
 
 
 def _fingerprint(rows: Rows, config: DataConfig) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float32, Int, Int32
 
-from jaxtune.data.chat import Document
+from jaxtune.data.encoding import Document
 
 Batch = dict[str, np.ndarray]
 
@@ -18,7 +18,7 @@ Batch = dict[str, np.ndarray]
 class Rows:
     """Rows of T tokens; padding is 0 in every array.
 
-    targets: the next token of the same document. loss_weights: 1 where that target is learnt.
+    targets: the next token of the same document. loss_weights: that target's weight in the loss.
     positions: from 0 in each document. segment_ids: 1, 2, ... along a row; 0 is padding.
     """
 
@@ -54,7 +54,7 @@ def pack(documents: Sequence[Document], max_length: int, packing: bool) -> Rows:
     segment = np.arange(len(row)) - first + 1
 
     tokens = np.concatenate([documents[i].tokens for i in order])
-    learnt = np.concatenate([documents[i].learnt for i in order])
+    weights = np.concatenate([documents[i].weights for i in order])
     followed = np.ones(len(tokens), bool)
     followed[begins + lengths - 1] = False
     place = np.repeat(row * max_length + column - begins, lengths) + np.arange(len(tokens))
@@ -67,7 +67,7 @@ def pack(documents: Sequence[Document], max_length: int, packing: bool) -> Rows:
     return Rows(
         tokens=spread(tokens, np.int32),
         targets=spread(np.where(followed, np.roll(tokens, -1), 0), np.int32),
-        loss_weights=spread(followed & np.roll(learnt, -1), np.float32),
+        loss_weights=spread(np.where(followed, np.roll(weights, -1), 0), np.float32),
         positions=spread(np.arange(len(tokens)) - np.repeat(begins, lengths), np.int32),
         segment_ids=spread(np.repeat(segment, lengths), np.int32),
     )

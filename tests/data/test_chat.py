@@ -6,13 +6,13 @@ from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
-import datasets
 import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from jaxtune.config import DataConfig
-from jaxtune.data.chat import CHUNK, Document, encode, learnt_tokens
+from jaxtune.data.encoding import Document, Encoder, Tally, tokens_in
+from jaxtune.data.sources import from_memory
 from jaxtune.errors import UserError
 
 BOS, END = "<s>", "<|im_end|>"
@@ -40,6 +40,7 @@ THINK = (
     "{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+COUNT = 1000  # records that are tokenised in one call
 WORDS = ["the", "cat", "sät", "in\n\n", "   ", "日本", "🙂", "12,5", "\tif x:\n        y()", "<s", "!"]
 
 
@@ -47,12 +48,12 @@ def encode_all(
     records: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, form: Any = "messages", **settings: Any
 ) -> list[Document]:
     config = DataConfig(train="file.jsonl", **settings)
-    return list(encode(datasets.Dataset.from_list(records), form, tokenizer, config, "file.jsonl"))
+    return list(Encoder(tokenizer, config).encode(from_memory(records), form, Tally()))
 
 
 def learnt_runs(document: Document, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """The text of each unbroken run of learnt tokens."""
-    edges = np.flatnonzero(np.diff(document.learnt, prepend=False, append=False)).tolist()
+    edges = np.flatnonzero(np.diff(document.weights > 0, prepend=False, append=False)).tolist()
     return [tokenizer.decode(document.tokens[a:b]) for a, b in list(pairwise(edges))[::2]]
 
 
@@ -83,6 +84,9 @@ def test_exactly_the_responses_and_ends_of_turn_are_learnt(
         assert tokenizer.decode(document.tokens) == text
         assert document.tokens.tolist() == tokenizer(text, add_special_tokens=False)["input_ids"]
         replies = [turn["content"] for turn in turns if turn["role"] == "assistant"]
+        if template == THINK:
+            # The model has to write the thought too, as no generation prompt does.
+            replies[-1] = "<think>\n\n</think>\n\n" + replies[-1]
         if template == INST:
             # The space that the template puts first belongs to the first token, unless that token holds none.
             assert [run.strip() for run in learnt_runs(document, tokenizer)] == [r.strip() + END for r in replies]
@@ -128,18 +132,18 @@ def test_all_learns_every_token_but_the_first(
 ) -> None:
     turns = random_conversations(1, seed=3)[0]
     (document,) = encode_all([{"messages": turns}], make_tokenizer(template), train_on="all")
-    assert document.learnt.tolist() == [False] + [True] * (len(document.tokens) - 1)
+    assert document.weights.tolist() == [0.0] + [1.0] * (len(document.tokens) - 1)
 
 
 def test_text_gets_the_tokenizers_own_ends(make_tokenizer: Callable[..., PreTrainedTokenizerFast]) -> None:
     tokenizer = make_tokenizer()
-    texts = ["the cat", f"sat{END}"] * (CHUNK // 2) + ["last"]
+    texts = ["the cat", f"sat{END}"] * (COUNT // 2) + ["last"]
     documents = encode_all([{"text": text} for text in texts], tokenizer, "text")
-    assert len(documents) == CHUNK + 1
+    assert len(documents) == COUNT + 1
     for document, text in zip(documents, texts, strict=True):
         assert tokenizer.decode(document.tokens) == BOS + text.removesuffix(END) + END
-        assert not document.learnt[0]
-        assert document.learnt[1:].all()
+        assert document.weights[0] == 0
+        assert document.weights[1:].all()
     endless = make_tokenizer(eos_token=None)
     (document,) = encode_all([{"text": "the cat"}], endless, "text")
     assert endless.decode(document.tokens) == f"{BOS}the cat"
@@ -161,10 +165,10 @@ def test_tokenizer_is_left_as_it_was(make_tokenizer: Callable[..., PreTrainedTok
 def test_offsets_trimmed_to_nothing_still_place_their_token() -> None:
     # "ab", white space trimmed to an empty range, "c" less its leading space, one character in two tokens.
     offsets = np.array([[0, 2], [5, 5], [6, 7], [7, 8], [7, 8], [8, 9]])
-    assert learnt_tokens(offsets, [(3, 5)]).tolist() == [False, True, False, False, False, False]
-    assert learnt_tokens(offsets, [(0, 2), (7, 8)]).tolist() == [True, False, False, True, True, False]
-    assert learnt_tokens(offsets, [(5, 6)]).tolist() == [False, False, True, False, False, False]
-    assert learnt_tokens(np.zeros((0, 2), np.int64), [(0, 1)]).tolist() == []
+    assert tokens_in(offsets, (3, 5)).tolist() == [False, True, False, False, False, False]
+    assert tokens_in(offsets, (7, 8)).tolist() == [False, False, False, True, True, False]
+    assert tokens_in(offsets, (5, 6)).tolist() == [False, False, True, False, False, False]
+    assert tokens_in(np.zeros((0, 2), np.int64), (0, 1)).tolist() == []
 
 
 def test_real_tokenizer_learns_the_responses(smollm2: PreTrainedTokenizerBase) -> None:
@@ -193,23 +197,23 @@ ASK, ANSWER = {"role": "user", "content": "a"}, {"role": "assistant", "content":
         ("messages", {"messages": [ASK, ANSWER | {"content": None}]}, "turn 2: content must be"),
         ("messages", {"messages": [ASK, ANSWER | {"content": " \n"}]}, "turn 2: content must be"),
         ("messages", {"messages": [ASK, {"role": "bot", "content": "b"}]}, "turn 2: role must be one of .* not 'bot'"),
-        ("messages", {"messages": [{"from": "human", "value": "a"}]}, "turn 1: role must be one of"),
-        ("messages", {"messages": [ASK, ANSWER | {"tool_calls": "f()"}]}, "only role and content .* not tool_calls"),
+        ("messages", {"messages": [ASK, ANSWER | {"tool_calls": "f()"}]}, "turn 2: tool_calls must be JSON"),
+        ("messages", {"messages": [ASK, ANSWER | {"mood": "glad"}]}, "turn 2: a turn cannot have mood; remove"),
         ("messages", {"messages": [ASK, ANSWER | {"content": f"b{END}c"}]}, "remove that marker from the content"),
     ],
 )
 def test_bad_records_are_named(
     make_tokenizer: Callable[..., PreTrainedTokenizerFast], form: Any, record: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(UserError, match=rf"^file\.jsonl, record 1.*{message}"):
+    with pytest.raises(UserError, match=rf"^the records given, record 1.*{message}"):
         encode_all([record], make_tokenizer(CHATML), form)
 
 
 def test_record_numbers_count_from_one_over_all_records(
     make_tokenizer: Callable[..., PreTrainedTokenizerFast],
 ) -> None:
-    records = [{"text": "a"}] * CHUNK + [{"text": "b"}, {"text": " "}]
-    with pytest.raises(UserError, match=rf"record {CHUNK + 2}:"):
+    records = [{"text": "a"}] * COUNT + [{"text": "b"}, {"text": " "}]
+    with pytest.raises(UserError, match=rf"record {COUNT + 2}:"):
         encode_all(records, make_tokenizer(), "text")
 
 
@@ -228,16 +232,10 @@ def test_record_numbers_count_from_one_over_all_records(
             [ASK, ANSWER],
             "trying the chat template: .* use another template",
         ),
-        ("{{ messages | length }}" + CHATML, [ASK, ANSWER], "precedes turn 2 in another way"),
         (
             CHATML.replace("m.content }}", "m.content | upper }}"),
             [ASK, ANSWER],
             "not write an assistant's content and then an end",
-        ),
-        (
-            CHATML.replace("m.content }}", "m.content | replace('z', '') }}"),
-            [ASK, ANSWER | {"content": "pizza"}],
-            "not render turn 2",
         ),
     ],
 )
@@ -249,3 +247,26 @@ def test_templates_that_cannot_serve_are_refused(
 ) -> None:
     with pytest.raises(UserError, match=message):
         encode_all([{"messages": turns}], make_tokenizer(template))
+
+
+def test_templates_that_write_a_turn_in_view_of_others_still_say_where_it_is(
+    make_tokenizer: Callable[..., PreTrainedTokenizerFast],
+) -> None:
+    turns = [ASK, ANSWER, {"role": "user", "content": "c"}, {"role": "assistant", "content": "pizza"}]
+    for template in (
+        "{{ messages | length }}" + CHATML,
+        # From the last message on, and looking ahead in a loop of its own.
+        CHATML.replace("{{ m.content }}", "{% for n in messages[1:] %}{% set x = n %}{% endfor %}{{ m.content }}"),
+    ):
+        tokenizer = make_tokenizer(template)
+        (document,) = encode_all([{"messages": turns}], tokenizer)
+        assert learnt_runs(document, tokenizer) == ["b" + END, "pizza" + END]
+
+
+def test_text_that_a_template_changes_is_counted(make_tokenizer: Callable[..., PreTrainedTokenizerFast]) -> None:
+    tokenizer = make_tokenizer(CHATML.replace("m.content }}", "m.content | replace('z', '') }}"))
+    records = [{"messages": [ASK, ANSWER | {"content": content}]} for content in ("pizza", "pasta")]
+    tally = Tally()
+    first, _ = Encoder(tokenizer, DataConfig(train="x")).encode(from_memory(records), "messages", tally)
+    assert learnt_runs(first, tokenizer) == ["pia" + END]
+    assert (tally.records, tally.altered) == (2, 1)

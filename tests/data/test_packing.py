@@ -8,7 +8,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from jaxtune.data.chat import Document
+from jaxtune.data.encoding import Document
 from jaxtune.data.packing import Rows, assign_rows, pack
 
 
@@ -16,7 +16,11 @@ def random_documents(lengths: list[int] | np.ndarray, seed: int) -> list[Documen
     """Tokens are never 0, so that padding shows."""
     rng = np.random.default_rng(seed)
     return [
-        Document(rng.integers(1, 50, n).astype(np.int32), (rng.random(n) < 0.5) & (np.arange(n) > 0)) for n in lengths
+        Document(
+            rng.integers(1, 50, n).astype(np.int32),
+            (rng.integers(0, 3, n) / 2 * (np.arange(n) > 0)).astype(np.float32),
+        )
+        for n in lengths
     ]
 
 
@@ -37,12 +41,12 @@ def unpacked(rows: Rows) -> list[Document]:
             assert rows.positions[row, places].tolist() == list(range(n))
             assert rows.targets[row, places].tolist() == [*tokens[1:], 0]
             assert weights[-1] == 0
-            documents.append(Document(tokens, np.concatenate([[False], weights[:-1] == 1])))
+            documents.append(Document(tokens, np.concatenate([[0], weights[:-1]])))
     return documents
 
 
-def keys(documents: list[Document]) -> list[tuple[list[int], list[bool]]]:
-    return [(document.tokens.tolist(), document.learnt.tolist()) for document in documents]
+def keys(documents: list[Document]) -> list[tuple[list[int], list[float]]]:
+    return [(document.tokens.tolist(), document.weights.tolist()) for document in documents]
 
 
 @pytest.mark.parametrize("seed", range(4))
