@@ -7,14 +7,16 @@ Format: beside `NAME` (uint8 [bytes, 1]) stand `NAME.absmax`, `NAME.quant_map`, 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from pallas_kernels.nf4 import DYNAMIC_MAP, NF4_TABLE, NF4Tensor
+from pallas_kernels.nf4 import DYNAMIC_MAP, NF4_TABLE, NF4Tensor, quantize
+from pallas_kernels.nf4.reference import decode_scales
 
 _STATE = ".quant_state.bitsandbytes__nf4"
 _FP4_STATE = ".quant_state.bitsandbytes__fp4"
@@ -105,6 +107,58 @@ def unpack(name: str, weight: NF4Tensor) -> dict[str, np.ndarray]:
         tensors[name + ".nested_quant_map"] = DYNAMIC_MAP.copy()
     tensors[name + _STATE] = np.frombuffer(json.dumps(state).encode(), np.uint8)
     return tensors
+
+
+def packed_model(
+    weights: Iterable[tuple[str, bool, np.ndarray | NF4Tensor]], *, double_quant: bool = True
+) -> dict[str, np.ndarray]:
+    """A model's tensors as bitsandbytes saves them, its layers' linears packed.
+
+    All of the packed model is held at once, since sizes are known only when the last weight is quantised.
+
+    Args:
+        weights: (name, whether it is one of the layers' linears, values) of every tensor, in Hugging Face's form; what
+            is packed already keeps its bytes.
+        double_quant: 8-bit scales.
+
+    Raises:
+        ValueError: a linear with values that are not finite.
+    """
+    tensors: dict[str, np.ndarray] = {}
+    for name, is_linear, value in weights:
+        if is_linear and not isinstance(value, NF4Tensor):
+            value = quantize(value, double_quant=double_quant)
+        tensors |= unpack(name, value) if isinstance(value, NF4Tensor) else {name: value}
+    return tensors
+
+
+def take_rows(weight: NF4Tensor, start: int, stop: int) -> NF4Tensor:
+    """Rows start to stop of one packed weight, cut out of its bytes: nothing is decoded, values stay what they are.
+
+    Where the cut is inside of a block of nested scales, the part's scales are float32 and no longer nested.
+
+    Raises:
+        NotImplementedError: the cut is inside of a block of codes (a row is no multiple of the block size).
+    """
+    first, last = start * weight.shape[1], stop * weight.shape[1]
+    if first % weight.block_size or (last % weight.block_size and stop < weight.shape[0]):
+        raise NotImplementedError(
+            f"rows {start} to {stop} of a packed weight {list(weight.shape)} begin or end inside of a block of "
+            f"{weight.block_size} codes; start from the unquantised model"
+        )
+    blocks = slice(first // weight.block_size, -(-last // weight.block_size))
+    part = dataclasses.replace(
+        weight,
+        codes=weight.codes[first // 2 : -(-last // 2)],
+        absmax=weight.absmax[blocks],
+        shape=(stop - start, weight.shape[1]),
+    )
+    if not weight.is_nested:
+        return part
+    if blocks.start % weight.nested_block_size:
+        return dataclasses.replace(part, absmax=decode_scales(weight)[blocks], nested_absmax=None, nested_offset=None)
+    nested = slice(blocks.start // weight.nested_block_size, -(-blocks.stop // weight.nested_block_size))
+    return dataclasses.replace(part, nested_absmax=weight.nested_absmax[nested])
 
 
 def is_quantized(config: Mapping[str, Any]) -> bool:

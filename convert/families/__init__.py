@@ -1,13 +1,28 @@
-"""The model families whose files can be read and written; a new one is a table beside `llama` and a line here."""
+"""The model families whose files can be read and written; a new one is a table beside these and a name here."""
 
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
+from typing import Any
 
-from convert.families import llama
+from convert.families import gemma, llama, mistral, phi, qwen
 from convert.families.table import Family
 
-_FAMILIES: dict[str, Family] = {family.model_type: family for family in (llama.FAMILY,)}
+_FAMILIES: dict[str, Family] = {
+    family.model_type: family
+    for family in (
+        llama.FAMILY,
+        mistral.FAMILY,
+        qwen.QWEN2,
+        qwen.QWEN3,
+        gemma.GEMMA,
+        gemma.GEMMA2,
+        gemma.GEMMA3,
+        phi.PHI3,
+    )
+}
+NAMES = tuple(_FAMILIES)
 
 
 def get(model_type: str) -> Family:
@@ -22,3 +37,8 @@ def get(model_type: str) -> Family:
             f"model_type {model_type!r} is not supported; the nearest families that are: {', '.join(nearest)}"
         )
     return _FAMILIES[model_type]
+
+
+def completed(config: Mapping[str, Any]) -> dict[str, Any]:
+    """An HF config with its family's defaults where it lacks a key; raises as `get` does."""
+    return {**get(config["model_type"]).defaults, **config}

@@ -45,6 +45,8 @@ class Rule:
     shape: HF's shape in letters, products with "*": "N*H D".
     when: the fact about the config without which the tensor does not exist; None for always.
     transform: how the values differ, if they do.
+    fused: where the HF tensor holds several of ours one below the other, the rows of each in letters, from the top;
+        each has a rule of its own, and `shape` is that of its part. part: which of them this is.
     """
 
     hf: str
@@ -52,17 +54,25 @@ class Rule:
     shape: str
     when: str | None = None
     transform: Transform | None = None
+    fused: tuple[str, ...] = ()
+    part: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
 class Slot:
-    """One tensor that a model of a given config has: HF name, path, layer (None outside the stack), HF's shape."""
+    """One tensor of ours that a model of a given config has.
+
+    name: of the HF tensor. path, layer: its place in our tree, layer None outside the stack. shape: of one layer of it.
+    rows: where the HF tensor holds others too, which of its rows this is. stored_shape: of the whole HF tensor.
+    """
 
     name: str
     path: tuple[str, ...]
     layer: int | None
     shape: tuple[int, ...]
     transform: Transform | None
+    rows: tuple[int, int] | None
+    stored_shape: tuple[int, ...]
 
     @property
     def is_linear(self) -> bool:
@@ -91,24 +101,35 @@ class Family:
     rules: the table.
     facts: HF config -> the letters' values and the truth of every `when`; raises ValueError where keys are missing.
     ignored: regular expressions of names that carry nothing (buffers that old versions saved).
+    defaults: what HF's config class assumes where a config.json lacks the key.
     """
 
     model_type: str
     rules: tuple[Rule, ...]
     facts: Callable[[Mapping[str, Any]], dict[str, int]]
     ignored: tuple[str, ...] = ()
+    defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def slots(self, config: Mapping[str, Any]) -> list[Slot]:
         """Every tensor of a model with this HF config, in the table's order, layer by layer within a rule."""
-        facts = self.facts(config)
+        facts = self.facts({**self.defaults, **config})
+
+        def size(letters: str) -> int:
+            return math.prod(facts[letter] for letter in letters.split("*"))
+
         slots = []
         for rule in self.rules:
             if rule.when is not None and not facts[rule.when]:
                 continue
-            shape = tuple(math.prod(facts[letter] for letter in axis.split("*")) for axis in rule.shape.split())
+            shape = stored = tuple(size(axis) for axis in rule.shape.split())
+            rows = None
+            if rule.fused:
+                start = sum(size(part) for part in rule.fused[: rule.part])
+                rows = (start, start + shape[0])
+                stored = (sum(size(part) for part in rule.fused), *shape[1:])
             path = tuple(rule.path.split("/"))
             for layer in range(facts["L"]) if path[0] == "layers" else [None]:
-                slots.append(Slot(rule.hf.format(i=layer), path, layer, shape, rule.transform))
+                slots.append(Slot(rule.hf.format(i=layer), path, layer, shape, rule.transform, rows, stored))
         return slots
 
     def plan(self, available: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> list[Load]:
@@ -123,10 +144,11 @@ class Family:
             ValueError: lists every missing, unknown, mis-shaped or mis-typed tensor at once.
         """
         slots = self.slots(config)
+        whole = {slot.name for slot in slots}
         harmless = re.compile("|".join(f"(?:{pattern})" for pattern in self.ignored) or r"(?!)")
         unknown = {name for name in available if not harmless.search(name)}
         # A tied model may still store its head; it is the embedding again.
-        absent = {rule.hf for rule in self.rules if rule.when == "untied"} - {slot.name for slot in slots}
+        absent = {rule.hf for rule in self.rules if rule.when == "untied"} - whole
         unknown = {name for name in unknown if not any(name == hf or name.startswith(f"{hf}.") for hf in absent)}
         loads, missing, wrong = [], [], []
         for slot in slots:
@@ -141,6 +163,7 @@ class Family:
             unknown.difference_update(sources)
             if problem := _problem(load, available[slot.name]):
                 wrong.append(f"{slot.name} {problem}")
+        missing, wrong = list(dict.fromkeys(missing)), list(dict.fromkeys(wrong))
         if missing or unknown or wrong:
             lines = [f"  missing: {name}" for name in _collapse(missing)]
             lines += [f"  not known: {name}" for name in _collapse(unknown)]
@@ -164,14 +187,22 @@ class Family:
         Returns:
             Each tensor's info, and a function that fetches one by name: what `safetensors_io.write_model` takes.
         """
-        slots = {slot.name: slot for slot in self.slots(config)}
-        infos = {slot.name: TensorInfo(np.dtype(_leaf(tree, slot.path).dtype), slot.shape) for slot in slots.values()}
+        parts: dict[str, list[Slot]] = {}
+        for slot in self.slots(config):
+            parts.setdefault(slot.name, []).append(slot)
+        infos = {
+            name: TensorInfo(np.dtype(_leaf(tree, slots[0].path).dtype), slots[0].stored_shape)
+            for name, slots in parts.items()
+        }
 
-        def read(name: str) -> np.ndarray:
-            slot = slots[name]
+        def one(slot: Slot) -> np.ndarray:
             leaf = _leaf(tree, slot.path)
             tensor = np.asarray(leaf if slot.layer is None else leaf[slot.layer])
             return tensor if slot.transform is None else slot.transform.to_hf(tensor)
+
+        def read(name: str) -> np.ndarray:
+            tensors = [one(slot) for slot in parts[name]]
+            return tensors[0] if len(tensors) == 1 else np.concatenate(tensors)
 
         return infos, read
 
@@ -186,11 +217,11 @@ def _leaf(tree: Mapping[str, Any], path: tuple[str, ...]) -> Any:
 def _problem(load: Load, info: TensorInfo) -> str | None:
     """What is wrong with the stored weight itself, or None."""
     if load.is_packed:
-        size = -(-math.prod(load.slot.shape) // 2)
+        size = -(-math.prod(load.slot.stored_shape) // 2)
         if info.nbytes != size:
-            return f"is {info.nbytes} bytes of 4-bit codes, expected {size} for {list(load.slot.shape)}"
-    elif info.shape != load.slot.shape:
-        return f"has shape {list(info.shape)}, expected {list(load.slot.shape)}"
+            return f"is {info.nbytes} bytes of 4-bit codes, expected {size} for {list(load.slot.stored_shape)}"
+    elif info.shape != load.slot.stored_shape:
+        return f"has shape {list(info.shape)}, expected {list(load.slot.stored_shape)}"
     elif info.dtype.name not in ("float16", "bfloat16", "float32", "float64"):
         return f"has dtype {info.dtype.name}, expected floats of 16 bits or more"
     return None
