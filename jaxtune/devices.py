@@ -21,8 +21,8 @@ class Device:
     name: short, as users write it. kind: as its driver reports it. memory: bytes in all; of the host where the two
     share one. bandwidth: bytes a second of that memory. flops: dense 16-bit matrix products with float32 accumulation,
     a second. capability: CUDA's compute capability, None for a CPU. host_bandwidth: bytes a second to and from the
-    host's memory, one way. allocator: bytes that JAX's allocator may take; None where that is memory less
-    CONTEXT_BYTES.
+    host's memory, one way. shared: its memory is the host's. allocator: bytes that JAX's allocator may take; None where
+    that is memory less CONTEXT_BYTES.
     """
 
     name: str
@@ -32,6 +32,7 @@ class Device:
     flops: float
     capability: float | None
     host_bandwidth: float
+    shared: bool = False
     allocator: int | None = None
 
     @property
@@ -50,7 +51,8 @@ class Device:
 def _sheet(
     name: str, kind: str, mebibytes: int, gigabytes_s: float, teraflops: float, capability: float, host_gb_s: float
 ) -> Device:
-    return Device(name, kind, mebibytes * 2**20, gigabytes_s * 1e9, teraflops * 1e12, capability, host_gb_s * 1e9)
+    rates = gigabytes_s * 1e9, teraflops * 1e12
+    return Device(name, kind, mebibytes * 2**20, *rates, capability, host_gb_s * 1e9, shared=kind == "Orin")
 
 
 # Memory as nvidia-smi totals it; bandwidth and dense rates from the makers' data sheets (of GeForce cards the rate with
@@ -98,7 +100,7 @@ def this_device() -> Device:
     """
     device = jax.devices()[0]
     if device.platform == "cpu":
-        return Device("cpu", device.device_kind, host_memory(), 20e9, 0.1e12, None, 10e9)
+        return Device("cpu", device.device_kind, host_memory(), 20e9, 0.1e12, None, 10e9, shared=True)
     stats = device.memory_stats() or {}
     capability = float(getattr(device, "compute_capability", None) or 0.0)
     same = [known for known in SHEETS.values() if known.kind == device.device_kind]

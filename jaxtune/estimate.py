@@ -15,6 +15,7 @@ from typing import Any
 
 from jaxtune.config import RunConfig
 from jaxtune.devices import Device
+from jaxtune.loading import resolve_dtype
 from jaxtune.models.config import DecoderConfig
 from jaxtune.structure import frozen_structure, state_structure, tree_bytes
 from pallas_kernels.cross_entropy import chunk_tokens
@@ -47,8 +48,9 @@ _DECODED_WEIGHTS = 2.0
 _DECODED_LAYERS_UNROLLED = 8.0
 # Gradients, and what the optimizer makes of them before the adapter is written.
 _UPDATE = 1.75
-# Queries at a time of the attention that runs without cuDNN.
+# Queries at a time of the attention that runs without cuDNN, and the largest mask that cuDNN is given.
 _ATTENTION_SLICE = 512
+_MASK_BUDGET_BYTES = 512 * 2**20
 # Share of the data sheet's matrix rate and bandwidth that was seen, and elements read or written per token and layer
 # beside the products, in units of F + D: from the step of Llama-3-8B on an H200.
 _RATE_SHARE, _BANDWIDTH_SHARE = 0.75, 0.75
@@ -64,7 +66,7 @@ class Memory:
     weights, adapters, optimizer: between steps. kept: activations that wait for their backward pass. gradients: of the
     adapters, and their sums where several micro-batches are added up. layer: the backward pass of one layer. decoded:
     16-bit copies of 4-bit weights. logits: the loss of one chunk of tokens. update: the optimizer's moment. host: the
-    process, and what `offload` keeps there.
+    process, and what `offload` keeps there. compiled: XLA's peak of the whole step, where it was compiled.
     """
 
     weights: int
@@ -77,6 +79,7 @@ class Memory:
     logits: int
     update: int
     host: int
+    compiled: int | None = None
 
     @property
     def resident(self) -> int:
@@ -84,10 +87,20 @@ class Memory:
         return self.weights + self.adapters + self.optimizer
 
     @property
-    def peak(self) -> int:
-        """In the fullest moment of a step."""
+    def estimate(self) -> int:
+        """In the fullest moment of a step, by the formula."""
         backward = self.kept + self.gradients + self.layer + self.decoded
         return self.resident + max(backward, self.kept + self.logits, self.update)
+
+    @property
+    def peak(self) -> int:
+        """In the fullest moment of a step: as compiled where it was."""
+        return self.estimate if self.compiled is None else self.compiled
+
+    def fits(self, device: Device) -> bool:
+        """Whether a device has as much; of the host's memory only where that is the device's own."""
+        taken = self.peak + (self.host if device.shared else 0)
+        return taken <= device.usable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +124,7 @@ class Model:
 
 def measure_model(config: RunConfig, hf_config: dict[str, Any], dtype: str) -> Model:
     """Add up a run's weights, adapters and optimizer state, held or computed in `dtype` (bf16, fp16 or fp32)."""
-    numpy_dtype = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}[dtype]
+    numpy_dtype = resolve_dtype(dtype)
     decoder = DecoderConfig.from_hf(hf_config)
     frozen = frozen_structure(hf_config, config.model, numpy_dtype)
     one_a_byte = frozen_structure(hf_config, dataclasses.replace(config.model, load_in_4bit=False), "uint8")
@@ -174,8 +187,9 @@ def estimate_memory(config: RunConfig, model: Model, device: Device, dtype: str,
 def _attention_scratch(config: RunConfig, decoder: DecoderConfig, device: Device, rows: int) -> int:
     """What attention needs beside its inputs and outputs: cuDNN a mask of packed rows, XLA the scores of a slice."""
     length = config.data.max_length
-    if device.capability is not None and device.capability >= 8.0:
-        return 2 * rows * length * length if config.data.packing else 0
+    mask = 2 * rows * length * length if config.data.packing else 0
+    if device.capability is not None and device.capability >= 8.0 and mask <= _MASK_BUDGET_BYTES:
+        return mask
     return 2 * 4 * rows * decoder.num_heads * min(_ATTENTION_SLICE, length) * length
 
 
@@ -225,7 +239,7 @@ def largest(config: RunConfig, model: Model, device: Device, dtype: str, policy:
                 train=dataclasses.replace(config.train, batch_size=devices),
                 data=dataclasses.replace(config.data, max_length=count),
             )
-        return estimate_memory(changed, model, device, dtype, policy).peak <= device.usable
+        return estimate_memory(changed, model, device, dtype, policy).fits(device)
 
     # A batch counts rows a device; a length counts in 256 tokens, since nobody needs it closer.
     unit = 1 if what == "batch_size" else 256

@@ -181,11 +181,13 @@ def read_hf_config(source: Source) -> dict[str, Any]:
 def find_hf_config(config: ModelConfig) -> dict[str, Any]:
     """`read_hf_config` for a plan: a directory may lack the weights, and of a hub model the config is fetched alone."""
     name = config.name_or_path
-    if (directory := Path(name).expanduser()).is_dir():
-        return _check_config_file(directory / "config.json")
-    if name.startswith("package:") or local_path(name, MODEL_SUFFIXES):
-        return read_hf_config(resolve_source(config))
-    return _check_config_file(hub.fetch_config(name, config.revision, local_files_only=config.local_files_only))
+    path = Path(name).expanduser() / "config.json"
+    if not path.parent.is_dir():
+        if name.startswith("package:") or local_path(name, MODEL_SUFFIXES):
+            return read_hf_config(resolve_source(config))
+        path = hub.fetch_config(name, config.revision, local_files_only=config.local_files_only)
+    with user_errors():
+        return families.completed(_check_config_file(path))
 
 
 def tensors_of(hf_config: Mapping[str, Any]) -> list[Slot]:

@@ -28,10 +28,12 @@ from jaxtune.data.loader import Dataset, Loader, build
 from jaxtune.errors import UserError
 from jaxtune.evaluation import held_out_loss
 from jaxtune.export import save_peft_adapter
+from jaxtune.loading import read_hf_config
 from jaxtune.lora import count_parameters, init_lora
 from jaxtune.memory import check_fits, device_peak, out_of_memory, tree_bytes
 from jaxtune.metrics import MetricsWriter, Progress, format_bytes, host_peak_rss
 from jaxtune.optim import make_optimizer, make_schedule
+from jaxtune.planning import check_plan
 from jaxtune.preflight import check_devices, check_vocabulary, count_steps, describe_data
 from jaxtune.run_directory import Resume, RunDirectory
 from jaxtune.samples import answer, encode_prompt
@@ -136,7 +138,8 @@ def fit(
     if first_step > total_steps:
         raise UserError(f"cannot resume: step {first_step} is done, the run has {total_steps}; raise train.max_steps")
 
-    # The frozen model.
+    # The frozen model, unless it is known beforehand that it is too large.
+    progress.note(check_plan(config, read_hf_config(base.source)))
     memory = {"adapter": tree_bytes(state.lora), "optimizer": tree_bytes(state.opt_state)}
     with progress.phase("load the model"), out_of_memory("loading the model", memory, config):
         frozen = jax.device_put(base.load(), replicated(mesh))

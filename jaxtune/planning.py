@@ -1,0 +1,213 @@
+"""A run's plan: what it takes of a device, what would fit instead, and the check of both at the start of a run."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from jaxtune.config import RunConfig
+from jaxtune.devices import SHEETS, Device, this_device
+from jaxtune.errors import UserError
+from jaxtune.estimate import POLICIES, Memory, Model, estimate_memory, largest, measure_model, step_flops, step_seconds
+from jaxtune.loading import resolve_dtype
+from jaxtune.metrics import format_bytes
+from jaxtune.structure import compile_step, step_bytes
+
+# An estimate that is this much above what the device has is refused without compiling; closer ones are compiled first.
+_SURELY_TOO_MUCH = 1.25
+
+
+@dataclasses.dataclass(frozen=True)
+class Reach:
+    """How far a device goes with one policy.
+
+    memory: of the run as it is. seconds: of one update. largest_batch: rows at the run's length. longest_row: tokens at
+    one row a step. Both are 0 where not even the least fits.
+    """
+
+    policy: str
+    memory: Memory
+    fits: bool
+    seconds: float
+    largest_batch: int
+    longest_row: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a run would take of a device.
+
+    dtype, policy: what `auto` in the configuration comes to there. memory: of a step. steps: of the run, or None where
+    the data were not counted. seconds, flops: of one update, estimated. reaches: every policy on this device. cards:
+    every policy on common cards.
+    """
+
+    config: RunConfig
+    model: Model
+    device: Device
+    dtype: str
+    policy: str
+    memory: Memory
+    steps: int | None
+    seconds: float
+    flops: float
+    reaches: tuple[Reach, ...]
+    cards: dict[str, tuple[Reach, ...]]
+
+    @property
+    def fits(self) -> bool:
+        """Whether the device has what the run takes."""
+        return self.memory.fits(self.device)
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Places in the rows of one update."""
+        train = self.config.train
+        return train.batch_size * train.gradient_accumulation_steps * self.config.data.max_length
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values: bytes, seconds, counts."""
+
+        def reaches(of: Sequence[Reach]) -> dict[str, Any]:
+            return {
+                reach.policy: {
+                    "peak_bytes": reach.memory.peak,
+                    "fits": reach.fits,
+                    "seconds_per_step": round(reach.seconds, 4),
+                    "largest_batch": reach.largest_batch,
+                    "longest_row": reach.longest_row,
+                }
+                for reach in of
+            }
+
+        memory = {field.name: getattr(self.memory, field.name) for field in dataclasses.fields(self.memory)}
+        return {
+            "device": dataclasses.asdict(self.device) | {"usable": self.device.usable},
+            "dtype": self.dtype,
+            "policy": self.policy,
+            "parameters": self.model.parameters,
+            "trainable_parameters": self.model.trainable,
+            "memory_bytes": memory,
+            "estimated_peak_bytes": self.memory.estimate,
+            "peak_bytes": self.memory.peak,
+            "fits": self.fits,
+            "steps": self.steps,
+            "tokens_per_step": self.tokens_per_step,
+            "tokens": None if self.steps is None else self.steps * self.tokens_per_step,
+            "estimated_seconds_per_step": round(self.seconds, 4),
+            "estimated_seconds": None if self.steps is None else round(self.steps * self.seconds, 1),
+            "teraflop_per_step": round(self.flops / 1e12, 3),
+            "policies": reaches(self.reaches),
+            "cards": {name: reaches(of) for name, of in self.cards.items()},
+        }
+
+
+def make_plan(
+    config: RunConfig,
+    hf_config: dict[str, Any],
+    device: Device,
+    *,
+    compile_here: bool = False,
+    survey: bool = True,
+    rows: int | None = None,
+) -> Plan:
+    """Plan one run for one device.
+
+    Args:
+        hf_config: of the model, as `loading.find_hf_config` gives it.
+        compile_here: compile the step for the device at hand, which `device` then describes.
+        survey: also find how far every policy goes, here and on common cards.
+        rows: of the packed training data, where they are known.
+
+    Raises:
+        UserError: the model's family is not supported, or its config is incomplete.
+    """
+    dtype = _dtype(config, device)
+    model = measure_model(config, hf_config, dtype)
+    policy = _policy(config, model, device, dtype)
+    memory = estimate_memory(config, model, device, dtype, policy)
+    if compile_here:
+        remat: Any = policy
+        chosen = dataclasses.replace(config, train=dataclasses.replace(config.train, remat=remat))
+        compiled = compile_step(chosen, hf_config, resolve_dtype(dtype))
+        memory = dataclasses.replace(memory, compiled=step_bytes(compiled))
+    train, steps = config.train, config.train.max_steps
+    if steps is None and rows is not None:
+        steps = max(1, math.ceil(train.num_train_epochs * rows / train.batch_size / train.gradient_accumulation_steps))
+    cards = {name: (card, _dtype(config, card)) for name, card in SHEETS.items()} if survey else {}
+    models = {dtype: measure_model(config, hf_config, dtype) for dtype in {dtype for _, dtype in cards.values()}}
+    return Plan(
+        config=config,
+        model=model,
+        device=device,
+        dtype=dtype,
+        policy=policy,
+        memory=memory,
+        steps=steps,
+        seconds=step_seconds(config, model, device, dtype, policy),
+        flops=step_flops(config, model, policy),
+        reaches=_reaches(config, model, device, dtype) if survey else (),
+        cards={name: _reaches(config, models[dtype], card, dtype) for name, (card, dtype) in cards.items()},
+    )
+
+
+def _dtype(config: RunConfig, device: Device) -> str:
+    return device.compute_dtype if config.model.dtype == "auto" else config.model.dtype
+
+
+def _policy(config: RunConfig, model: Model, device: Device, dtype: str) -> str:
+    """The run's policy; where it is left open, the fastest that fits, or the leanest."""
+    if config.train.remat in POLICIES:
+        return config.train.remat
+    fitting = [p for p in POLICIES if estimate_memory(config, model, device, dtype, p).fits(device)]
+    leanest = min(POLICIES, key=lambda p: estimate_memory(config, model, device, dtype, p).peak)
+    return min(fitting, key=lambda p: step_seconds(config, model, device, dtype, p), default=leanest)
+
+
+def _reaches(config: RunConfig, model: Model, device: Device, dtype: str) -> tuple[Reach, ...]:
+    reaches = []
+    for policy in POLICIES:
+        memory = estimate_memory(config, model, device, dtype, policy)
+        arguments = config, model, device, dtype, policy
+        batch, row = (largest(*arguments, what=what) for what in ("batch_size", "max_length"))
+        reaches.append(Reach(policy, memory, memory.fits(device), step_seconds(*arguments), batch, row))
+    return tuple(reaches)
+
+
+def check_plan(config: RunConfig, hf_config: dict[str, Any]) -> str:
+    """The plan's short form for the device at hand, for the start of a run.
+
+    Raises:
+        UserError: what stands between the steps alone does not fit, or the estimate is far beyond the device.
+    """
+    plan = make_plan(config, hf_config, this_device(), survey=False)
+    memory, usable = plan.memory, plan.device.usable
+    line = (
+        f"plan: {format_bytes(memory.resident)} of weights and state, about {format_bytes(memory.peak)} in a step with "
+        f"remat {plan.policy}; {plan.device.kind} has {format_bytes(usable)}"
+    )
+    if memory.resident > usable or memory.peak > _SURELY_TOO_MUCH * usable:
+        raise UserError(f"the run cannot fit the device. {line}. {advice(config, hf_config, plan.device)}")
+    return line
+
+
+def advice(config: RunConfig, hf_config: dict[str, Any], device: Device) -> str:
+    """What to change so that a run that is too large for a device fits."""
+    plan = make_plan(config, hf_config, device)
+    remedies = [f"train.remat: {reach.policy}" for reach in plan.reaches if reach.fits]
+    leanest = min(plan.reaches, key=lambda reach: reach.memory.peak)
+    if not remedies and leanest.largest_batch:
+        remedies = [f"train.remat: {leanest.policy} with train.batch_size: {leanest.largest_batch}"]
+    elif not remedies and leanest.longest_row:
+        remedies = [
+            f"train.remat: {leanest.policy} with train.batch_size: 1 and data.max_length: {leanest.longest_row}"
+        ]
+    if not remedies and not config.model.load_in_4bit:
+        remedies = ["model.load_in_4bit: true"]
+    if not remedies:
+        cards = [name for name, reaches in plan.cards.items() if any(reach.longest_row for reach in reaches)]
+        larger = f"; of common cards {', '.join(cards)} can hold it" if cards else ""
+        return f"Nothing makes it fit but a smaller model or lora.r{larger}"
+    return f"To fit, set {' or '.join(remedies)}"
