@@ -9,7 +9,7 @@ from jaxtyping import Float, Key
 
 from pallas_kernels._dispatch import choose
 from pallas_kernels.glu import glu
-from pallas_kernels.glu_linear.rows import unsupported_reason
+from pallas_kernels.glu.triton import unsupported_reason
 from pallas_kernels.glu_linear.triton import glu_linear_triton
 from pallas_kernels.lora_linear import grouped_lora_linear
 from pallas_kernels.lora_linear.projection import Projection, check_group, extended_reason
@@ -48,7 +48,7 @@ def glu_linear(
     group = (projection,)
     check_group("glu_linear", width // 2, group)
     candidates = {
-        "triton": lambda: unsupported_reason(activation) or extended_reason(group),
+        "triton": lambda: unsupported_reason(gate_up) or extended_reason(group),
         "xla": lambda: None,
     }
     if choose("glu_linear", implementation, candidates) == "triton":

@@ -14,7 +14,7 @@ import jax
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
-from pallas_kernels.glu_linear.rows import glu_backward, glu_forward
+from pallas_kernels.glu.triton import glu_backward_triton, glu_forward_triton
 from pallas_kernels.lora_linear.projection import (
     Projection,
     block_b,
@@ -53,7 +53,7 @@ def _fwd(
     dropout_rate: float,
     name: str | None,
 ) -> tuple[Array, tuple[Any, ...]]:
-    padded = glu_forward(gate_up, activation, tail_width([projection], extended=True))
+    padded = glu_forward_triton((gate_up,), activation, tail_width([projection], extended=True))
     y, t = extended_product(padded, [projection], dropout_key, scaling, dropout_rate)
     if name is not None:
         y, t = checkpoint_name(y, name), checkpoint_name(t, f"{name}_low_rank")
@@ -67,16 +67,17 @@ def _bwd(
     group = [projection]
     if dropout_rate == 0.0 or dropout_key is None:
         dh, dt, d_b = narrow_backward(dy, t, group, scaling)
-        h, d_gate_up = glu_backward(dh, gate_up, activation)
+        h, (d_gate_up,) = glu_backward_triton(dh, (gate_up,), activation, True)
+        assert h is not None
         d_a = outer(dt, h)
     else:
         tail = tail_width(group, extended=True)
         w, dy = extended_columns(group, tail, dy)
         a, dt = stacked_a(group, tail, scaling, dy.dtype), dot(dy, block_b(group, tail, dy.dtype), 0)
-        h = glu_forward(gate_up, activation, 0)
+        h = glu_forward_triton((gate_up,), activation, 0)
         through_adapter, d_a = low_rank_backward(dt, h, a, group, dropout_key, dropout_rate)
         dh, d_b = dot(dy, w[:, :-tail], 0) + through_adapter, outer_transposed(t, dy)
-        _, d_gate_up = glu_backward(dh, gate_up, activation)
+        _, (d_gate_up,) = glu_backward_triton(dh, (gate_up,), activation, False)
     (gradient,) = split_gradients(group, scaling * d_a, d_b)
     return d_gate_up, gradient, None
 

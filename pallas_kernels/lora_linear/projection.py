@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from pallas_kernels.nf4 import NF4Tensor, dequantize
+from pallas_kernels.nf4 import NF4Layer, NF4Tensor, dequantize
 from pallas_kernels.nf4.triton import decode_into
 from pallas_kernels.nf4.triton import unsupported_reason as decode_reason
 
@@ -30,7 +30,8 @@ _TAIL_MULTIPLE = 64
 class Projection:
     """One frozen linear layer and its adapter.
 
-    weight: [N, K], dense or NF4. bias: [N] or None. lora_a: [R, K] and lora_b: [N, R] in any floating dtype, or None.
+    weight: [N, K], dense or NF4 (an NF4Tensor, or an NF4Layer of a stack). bias: [N] or None.
+    lora_a: [R, K] and lora_b: [N, R] in any floating dtype, or None.
     """
 
     weight: Any
@@ -79,7 +80,8 @@ def extended_reason(group: Group) -> str | None:
     if all(p.rank == 0 for p in group):
         return "there is no adapter to append"
     for p in group:
-        reason = decode_reason(p.weight) if isinstance(p.weight, NF4Tensor) else "a dense weight would be copied"
+        packed = isinstance(p.weight, NF4Tensor | NF4Layer)
+        reason = decode_reason(p.weight) if packed else "a dense weight would be copied"
         if reason is not None:
             return reason
     return None
@@ -111,7 +113,8 @@ def block_b(group: Group, tail: int, dtype: Any) -> Array:
 def decoded(group: Group, x: Array) -> tuple[Array, Array]:
     """All weights as one [sum of N, K] in x's dtype, and x."""
     weights, x = _tied(group, x)
-    matrices = [jnp.asarray(dequantize(w, x.dtype)) if isinstance(w, NF4Tensor) else w.astype(x.dtype) for w in weights]
+    alone = [w.picked() if isinstance(w, NF4Layer) else w for w in weights]
+    matrices = [jnp.asarray(dequantize(w, x.dtype)) if isinstance(w, NF4Tensor) else w.astype(x.dtype) for w in alone]
     return matrices[0] if len(matrices) == 1 else jnp.concatenate(matrices), x
 
 
@@ -136,9 +139,12 @@ def extended_rows(projection: Projection, a: Array, x: Array) -> tuple[Array, Ar
 
 
 def _tied(group: Group, x: Array) -> tuple[list[Any], Array]:
-    # Without the tie to x XLA may decode the weights of every layer before the first one runs.
-    weights, x = lax.optimization_barrier(([p.weight for p in group], x))
-    return weights, x
+    # Without the tie to x XLA may decode the weights of every layer before the first one runs. Of a weight in its stack
+    # the index alone is tied: the stack itself might be copied.
+    weights = [p.weight for p in group]
+    ties, x = lax.optimization_barrier(([w.index if isinstance(w, NF4Layer) else w for w in weights], x))
+    tied = [NF4Layer(w.stack, tie) if isinstance(w, NF4Layer) else tie for w, tie in zip(weights, ties, strict=True)]
+    return tied, x
 
 
 def dot(x: Array, w: Array, w_axis: int) -> Array:

@@ -61,3 +61,21 @@ class NF4Tensor:
         """Bytes that the packed weight occupies: codes and scales."""
         leaves = jax.tree.leaves(self)
         return sum(int(np.prod(leaf.shape)) * np.dtype(leaf.dtype).itemsize for leaf in leaves)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class NF4Layer:
+    """One weight of a stack, without a copy of it: kernels read the stack at `index`, an int32 scalar."""
+
+    stack: NF4Tensor
+    index: Any
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        return self.stack.shape
+
+    def picked(self) -> NF4Tensor:
+        """The weight on its own. XLA fuses the choice into the decoding; before a kernel it is a copy."""
+        return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, self.index, keepdims=False), self.stack)

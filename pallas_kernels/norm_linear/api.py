@@ -11,6 +11,7 @@ from pallas_kernels.lora_linear import grouped_lora_linear
 from pallas_kernels.lora_linear.projection import Group, check_group, extended_reason
 from pallas_kernels.norm_linear.triton import norm_linear_triton
 from pallas_kernels.rms_norm import rms_norm
+from pallas_kernels.rms_norm.triton import unsupported_reason
 
 
 def norm_linear(
@@ -49,7 +50,11 @@ def norm_linear(
     if scale.shape != (d,) or (residual is not None and residual.shape != x.shape):
         shapes = f"x {x.shape}, scale {scale.shape}, residual {None if residual is None else residual.shape}"
         raise ValueError(f"norm_linear: {shapes}; scale must be [{d}] and the residual like x")
-    chosen = choose("norm_linear", implementation, {"triton": lambda: extended_reason(group), "xla": lambda: None})
+    candidates = {
+        "triton": lambda: unsupported_reason(x, scale) or extended_reason(group),
+        "xla": lambda: None,
+    }
+    chosen = choose("norm_linear", implementation, candidates)
     if chosen == "triton":
         rows, added = x.reshape(-1, d), None if residual is None else residual.reshape(-1, d)
         y, total = norm_linear_triton(

@@ -29,7 +29,7 @@ from pallas_kernels.lora_linear.projection import (
     tail_width,
 )
 from pallas_kernels.lora_linear.triton import extended_product
-from pallas_kernels.norm_linear.rows import norm_backward, norm_forward
+from pallas_kernels.rms_norm.triton import rms_norm_backward_triton, rms_norm_forward_triton
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7, 8, 9))
@@ -62,7 +62,7 @@ def _fwd(
     name: str | None,
 ) -> tuple[tuple[Array, Array], tuple[Any, ...]]:
     tail = tail_width(group, extended=True)
-    padded, inverse, total = norm_forward(x, residual, scale, eps=eps, unit_offset=unit_offset, tail=tail)
+    padded, inverse, total = rms_norm_forward_triton(x, scale, residual, eps, unit_offset, tail)
     y, t = extended_product(padded, group, dropout_key, scaling, dropout_rate)
     if name is not None:
         y, t, total = (
@@ -95,9 +95,9 @@ def _bwd(
         weight = scale.astype(jnp.float32) + (1.0 if unit_offset else 0.0)
         d_a = outer((dt * inverse[:, None]).astype(dt.dtype), total) * weight
     else:
-        h = norm_forward(total, None, scale, eps=eps, unit_offset=unit_offset, tail=0)[0]
+        h = rms_norm_forward_triton(total, scale, None, eps, unit_offset, 0)[0]
         extra, d_a = low_rank_backward(dt, h, a, group, dropout_key, dropout_rate)
-    dx = norm_backward(total, scale, inverse, dh_dt, extra, d_total, unit_offset=unit_offset)
+    dx = rms_norm_backward_triton(total, scale, inverse, dh_dt, extra, d_total, unit_offset)
     gradients = split_gradients(group, scaling * d_a, outer_transposed(t, dy))
     return dx, None if had_residual is None else dx, None, gradients, None
 
