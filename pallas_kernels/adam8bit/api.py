@@ -6,11 +6,14 @@ import math
 
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float, Float32, Int
+from jaxtyping import Float, Int
 
 from pallas_kernels._dispatch import choose
 from pallas_kernels.adam8bit.reference import Moments8bit
+from pallas_kernels.adam8bit.triton import adam8bit_triton, unsupported_reason
 from pallas_kernels.adam8bit.xla import adam8bit_xla
+
+_IMPLEMENTATIONS = {"triton": adam8bit_triton, "xla": adam8bit_xla}
 
 
 def adam8bit_init(shape: tuple[int, ...], *, stack_axes: int = 0, block_size: int = 256) -> Moments8bit:
@@ -34,8 +37,9 @@ def adam8bit(
     eps: float = 1e-8,
     weight_decay: float = 0.0,
     block_size: int = 256,
+    apply: bool = False,
     implementation: str | None = None,
-) -> tuple[Float32[Array, "*shape"], Moments8bit]:
+) -> tuple[Float[Array, "*shape"], Moments8bit]:
     """One AdamW update from 8-bit moments; what is to be added to the parameter, and the new moments.
 
     Moments are decoded, updated and used in float32, then encoded again (see `reference`). The update is
@@ -52,13 +56,16 @@ def adam8bit(
         b1, b2: decay rates of the moments, in [0, 1). eps: added to the root of the second moment.
         weight_decay: decoupled (arXiv:1711.05101).
         block_size: elements per scale; what the moments were made with.
-        implementation: "xla", or None to choose.
+        apply: return the parameter after the update instead, in its own dtype: one pass less over it.
+        implementation: "triton", "xla", or None to choose. Through Triton moments, and parameter or (float32) gradient,
+            are overwritten where the compiler can.
 
     Returns:
-        The update, float32 in param's shape, and the moments after it.
+        The update, float32 in param's shape, or with `apply` the new parameter; and the moments after it.
 
     Raises:
         ValueError: shapes do not fit together, or the implementation's name is unknown.
+        NotImplementedError: the named implementation cannot serve this call; the text says why.
     """
     stack_axes = moments.m_codes.ndim - 1
     stack, p = param.shape[:stack_axes], math.prod(param.shape[stack_axes:])
@@ -69,5 +76,6 @@ def adam8bit(
             f"adam8bit: grad {grad.shape}, param {param.shape} and moments {shapes} do not fit together: grad and "
             f"param must agree, and with blocks of {block_size} this param needs codes {codes} and scales {scales}"
         )
-    choose("adam8bit", implementation, {"xla": lambda: None})
-    return adam8bit_xla(grad, moments, param, step, learning_rate, b1, b2, eps, weight_decay, block_size)
+    candidates = {"triton": lambda: unsupported_reason(grad, moments, param, block_size), "xla": lambda: None}
+    run = _IMPLEMENTATIONS[choose("adam8bit", implementation, candidates)]
+    return run(grad, moments, param, step, learning_rate, b1, b2, eps, weight_decay, block_size, apply)

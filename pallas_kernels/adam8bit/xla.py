@@ -61,7 +61,9 @@ def adam8bit_xla(
     eps: float,
     weight_decay: float,
     block_size: int,
-) -> tuple[Float32[Array, "*shape"], Moments8bit]:
+    apply: bool,
+) -> tuple[Float[Array, "*shape"], Moments8bit]:
     """See `pallas_kernels.adam8bit.api.adam8bit`."""
     hyper = (learning_rate, b1, b2, eps, weight_decay, block_size)
-    return adam8bit_reference(grad, moments, param, step, *hyper, nearest=nearest_code)
+    update, moments = adam8bit_reference(grad, moments, param, step, *hyper, nearest=nearest_code)
+    return (param + update).astype(param.dtype) if apply else update, moments

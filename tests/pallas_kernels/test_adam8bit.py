@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import pallas as pl
 
+from pallas_kernels._device import lower_for_cuda
+from pallas_kernels._triton import interpreted
 from pallas_kernels.adam8bit import Moments8bit, adam8bit, adam8bit_init, dequantize_blockwise, quantize_blockwise
 from pallas_kernels.adam8bit import reference as reference_module
+from pallas_kernels.adam8bit import triton as triton_module
 from pallas_kernels.adam8bit import xla as xla_module
 from pallas_kernels.adam8bit.reference import adam8bit_reference, dynamic_map, midpoints
 
 F32 = np.finfo(np.float32)
 HYPER = {"b1": 0.9, "b2": 0.99, "eps": 1e-8, "weight_decay": 0.1}
-UPDATE = jax.jit(adam8bit, static_argnames=("b1", "b2", "eps", "weight_decay", "block_size", "implementation"))
+STATIC = ("b1", "b2", "eps", "weight_decay", "block_size", "apply", "implementation")
+UPDATE = jax.jit(adam8bit, static_argnames=STATIC)
 
 
 def gradients(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
@@ -190,3 +196,87 @@ def test_arguments_are_checked() -> None:
         adam8bit(grad[0], adam8bit_init((2, 600)), grad[0], **common)
     with pytest.raises(ValueError, match="implementation"):
         adam8bit(grad, moments, grad, implementation="cuda", **common)
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_nearest_code_in_the_kernel_is_exact(signed: bool) -> None:
+    rng = np.random.default_rng(0)
+    middle = midpoints(signed)
+    around = [np.nextafter(x, np.float32(side)) for x in (dynamic_map(signed), middle) for side in (-2, 2)]
+    x = np.concatenate([dynamic_map(signed), middle, *around, 10.0 ** rng.uniform(-9, 0, 5000)]).astype(np.float32)
+    x = np.clip(np.concatenate([x, -x]), -1 if signed else 0, 1)
+    x = np.pad(x, (0, -x.size % 4096))
+
+    def kernel(x_ref: Any, midpoints_ref: Any, codes_ref: Any) -> None:
+        codes_ref[...] = triton_module.nearest_code(x_ref[...], signed, midpoints_ref)
+
+    out = jax.ShapeDtypeStruct(x.shape, jnp.uint8)
+    codes = pl.pallas_call(kernel, out_shape=out, interpret=True)(jnp.asarray(x), jnp.asarray(middle))
+    np.testing.assert_array_equal(codes, reference_module.nearest_code(jnp.asarray(x), signed))
+
+
+@pytest.mark.parametrize(("shape", "stack_axes"), [((3, 5, 61), 1), ((2, 16, 160), 1), ((1,), 0), ((2, 2, 2100), 2)])
+def test_kernel_equals_the_reference(shape: tuple[int, ...], stack_axes: int) -> None:
+    rng = np.random.default_rng(4)
+    param = jnp.asarray(gradients(rng, shape))
+    ours = theirs = adam8bit_init(shape, stack_axes=stack_axes)
+    with interpreted():
+        run = jax.jit(partial(adam8bit, implementation="triton", **HYPER))
+        for step in range(1, 5):
+            grad = jnp.asarray(gradients(rng, shape))
+            common = {"step": jnp.int32(step), "learning_rate": jnp.float32(1e-3)}
+            update, ours = run(grad, theirs, param, **common)
+            expected, theirs = UPDATE(grad, theirs, param, implementation="xla", **common, **HYPER)
+            np.testing.assert_allclose(update, expected, rtol=2e-6, atol=1e-9)
+            for codes, absmax, reference_codes, reference_absmax in zip(
+                ours[::2], ours[1::2], theirs[::2], theirs[1::2]
+            ):
+                np.testing.assert_allclose(absmax, reference_absmax, rtol=2e-7)
+                # A value within rounding of two codes' midpoint may take the other one.
+                difference = np.abs(np.asarray(codes, int) - np.asarray(reference_codes, int))
+                assert difference.max() <= 1
+                assert difference.mean() < 1e-3
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("implementation", ["xla", "triton"])
+def test_applied_update(implementation: str, dtype: jnp.dtype) -> None:
+    rng = np.random.default_rng(5)
+    param, grad = (jnp.asarray(gradients(rng, (2, 300)), dtype) for _ in range(2))
+    moments = adam8bit_init((2, 300), stack_axes=1)
+    common = {"step": jnp.int32(1), "learning_rate": jnp.float32(1e-2), **HYPER}
+    with interpreted():
+        update, _ = adam8bit(grad, moments, param, implementation=implementation, **common)
+        applied, _ = adam8bit(grad, moments, param, implementation=implementation, apply=True, **common)
+    assert applied.dtype == dtype
+    exact = np.asarray(param, np.float64) + np.asarray(update, np.float64)
+    np.testing.assert_allclose(np.asarray(applied, np.float64), exact, rtol=float(jnp.finfo(dtype).eps), atol=1e-8)
+
+
+def test_kernel_shows_gradients_that_are_not_finite_in_their_block_only() -> None:
+    grad = np.ones((1, 600), np.float32)
+    grad[0, 3], grad[0, 300] = np.nan, np.inf
+    with interpreted():
+        update, moments = adam8bit(
+            jnp.asarray(grad),
+            adam8bit_init((1, 600), stack_axes=1),
+            jnp.zeros((1, 600)),
+            step=jnp.int32(1),
+            learning_rate=1e-3,
+            implementation="triton",
+        )
+    finite = np.isfinite(dequantize_blockwise(*moments[:2], signed=True))
+    assert not finite[0, :512].any()
+    assert finite[0, 512:].all()
+    assert not np.isfinite(update[0, [3, 300]]).any()
+
+
+@pytest.mark.parametrize(("p", "dtype"), [(1 << 20, jnp.float32), (70000, jnp.bfloat16)])
+def test_kernel_lowers_for_a_gpu_and_works_in_place(p: int, dtype: jnp.dtype) -> None:
+    shapes = jax.eval_shape(lambda: (adam8bit_init((2, p), stack_axes=1), jnp.zeros((2, p), dtype), jnp.int32(1)))
+
+    def apply(moments: Moments8bit, param: jax.Array, step: jax.Array) -> tuple[jax.Array, Moments8bit]:
+        return adam8bit(param * 2, moments, param, step=step, learning_rate=1e-3, apply=True)
+
+    text = lower_for_cuda(apply, *shapes)
+    assert (text.count("stablehlo.custom_call"), text.count("#stablehlo.output_operand_alias<")) == (1, 5)
