@@ -75,6 +75,15 @@ def _typed(key: str, value: Any, expected: Any) -> Any:
     return value
 
 
+def parse_bytes(key: str, text: str) -> int:
+    """The bytes that a text such as 12GiB, 12.5 GB or 900MiB means; `key` is what an error names."""
+    units = {"MB": 10**6, "GB": 10**9, "MIB": 2**20, "GIB": 2**30}
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([MG]i?B)", text.strip(), re.IGNORECASE)
+    if match is None or float(match[1]) == 0:
+        raise UserError(f"{key} is {shown(text)}; write a number and MiB, GiB, MB or GB, as in 12GiB")
+    return int(float(match[1]) * units[match[2].upper()])
+
+
 def _check_types(section: str, config: Any) -> None:
     hints = typing.get_type_hints(type(config))
     for field in dataclasses.fields(config):
@@ -287,6 +296,8 @@ class TrainConfig:
         memory).
     loss_chunk: tokens per chunk of the head and loss; None chooses from the vocabulary.
     eval_steps: updates between held-out losses (also measured before and after); None for those two only.
+    memory_limit: what the run may take of its GPU in all, as in 12GiB or 900MiB; None for the whole card. Memory is
+        taken as it is needed, not at once.
     """
 
     batch_size: int = 1
@@ -307,9 +318,12 @@ class TrainConfig:
     seed: int = 3407
     logging_steps: int = 1
     eval_steps: int | None = None
+    memory_limit: str | None = None
 
     def __post_init__(self) -> None:
         _check_types("train", self)
+        if self.memory_limit is not None:
+            parse_bytes("train.memory_limit", self.memory_limit)
         counts = "batch_size gradient_accumulation_steps max_steps loss_chunk logging_steps eval_steps"
         _check_range("train", self, counts, lambda x: x >= 1, "1 or more")
         _check_range("train", self, "num_train_epochs learning_rate adam_epsilon", lambda x: x > 0, "more than 0")
@@ -326,6 +340,7 @@ class OutputConfig:
     dir: output directory; must not hold another run unless resume is asked for.
     save_steps: updates between checkpoints; None for one at the end. save_total_limit: checkpoints kept.
     sample_prompts: user messages answered before and after training. sample_tokens: new tokens for each.
+    report_to: services that are given the metrics, too: tensorboard, wandb, trackio (`pip install "jaxtune[wandb]"`).
     compile_cache: directory of compiled programs, shared by runs; None for no cache.
     """
 
@@ -334,6 +349,7 @@ class OutputConfig:
     save_total_limit: int = 2
     sample_prompts: tuple[str, ...] = ()
     sample_tokens: int = 64
+    report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
     compile_cache: str | None = "~/.cache/jaxtune/compiled"
 
     def __post_init__(self) -> None:

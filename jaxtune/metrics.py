@@ -1,4 +1,4 @@
-"""What a run reports: metrics.jsonl for programs, a progress display for people, and the host's memory for both."""
+"""What a run reports: metrics.jsonl for programs, a live view for people, and the host's memory for both."""
 
 from __future__ import annotations
 
@@ -9,31 +9,39 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
+from rich.markup import escape
 from rich.panel import Panel
+from rich.progress import Progress as Spinner
+from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
 from jaxtune.errors import UserError
+from jaxtune.trackers import Tracker
 
-# How the values of a step are shown, in this order; a name that is not here goes to metrics.jsonl alone.
-_SHOWN: dict[str, Callable[[Any], str]] = {
-    "loss": lambda x: f"loss {x:.4f}",
-    "eval_loss": lambda x: f"eval loss {x:.4f}",
-    "learning_rate": lambda x: f"lr {x:.2e}",
-    "grad_norm": lambda x: f"grad norm {x:.3f}",
-    "loss_scale": lambda x: f"loss scale {x:g}",
-    "tokens_per_second": lambda x: f"{x:,.0f} tokens/s",
-    "device_bytes": lambda x: f"device {format_bytes(x)}",
+# How the values of a step are shown, name and text, in this order; what is not here goes to metrics.jsonl alone.
+_SHOWN: dict[str, tuple[str, Callable[[Any], str]]] = {
+    "loss": ("loss", lambda x: f"{x:.4f}"),
+    "eval_loss": ("eval loss", lambda x: f"{x:.4f}"),
+    "learning_rate": ("lr", lambda x: f"{x:.2e}"),
+    "grad_norm": ("grad norm", lambda x: f"{x:.3f}"),
+    "loss_scale": ("loss scale", lambda x: f"{x:g}"),
+    "tokens_per_second": ("tokens/s", lambda x: f"{x:,.0f}"),
+    "mfu": ("MFU", lambda x: f"{x:.1%}"),
+    "device_bytes": ("device", lambda x: format_bytes(x)),
+    "host_bytes": ("host", lambda x: format_bytes(x)),
 }
 _REFRESH_SECONDS = 0.1
+_BARS = "▁▂▃▄▅▆▇█"
+_BARS_WIDTH = 60
 
 
 class MetricsWriter:
@@ -44,11 +52,13 @@ class MetricsWriter:
 
     path: the file; its directory is made. resumed_step: None for a new file. Otherwise lines of later steps, and a last
     line cut short, are removed, so that the file goes on as if the run had not been interrupted; for that a step's
-    records must be written before its checkpoint.
+    records must be written before its checkpoint. trackers: given every record's numbers as well, and closed with the
+    file.
     """
 
-    def __init__(self, path: str | Path, resumed_step: int | None = None) -> None:
+    def __init__(self, path: str | Path, resumed_step: int | None = None, trackers: Sequence[Tracker] = ()) -> None:
         self.path = Path(path)
+        self._trackers = trackers
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if resumed_step is not None and self.path.exists():
             _truncate(self.path, resumed_step)
@@ -58,12 +68,18 @@ class MetricsWriter:
 
     def write(self, step: int, **values: Any) -> None:
         """Append one record of plain values or of scalars of NumPy or JAX."""
+        values = {name: value.item() if hasattr(value, "item") else value for name, value in values.items()}
         record = {"step": step, **{name: _plain(value) for name, value in values.items()}}
         self._file.write(json.dumps(record, allow_nan=False) + "\n")
         self._file.flush()
+        numbers = {name: float(value) for name, value in values.items() if isinstance(value, int | float)}
+        for tracker in self._trackers if numbers else ():
+            tracker.log(step, numbers)
 
     def close(self) -> None:
         self._file.close()
+        for tracker in self._trackers:
+            tracker.close()
 
     def __enter__(self) -> MetricsWriter:
         return self
@@ -105,17 +121,16 @@ def _truncate(path: Path, step: int) -> None:
 
 
 def _plain(value: Any) -> Any:
-    value = value.item() if hasattr(value, "item") else value
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     return value
 
 
 class Progress:
-    """What a run shows of itself: in a terminal a block that is redrawn, elsewhere (a log, a notebook) plain lines.
+    """What a run shows of itself: in a terminal a view that is redrawn, elsewhere (a log, a notebook) plain lines.
 
-    Use as a context manager, so that the terminal is left in order whatever happens. It starts no thread: the display
-    moves when it is told something.
+    Use as a context manager, so that the terminal is left in order whatever happens. The view moves when it is told
+    something; only while a phase lasts a thread turns its spinner.
 
     log_every: steps between plain lines. console: where to; the default is standard output. clock: seconds.
     phases: after each `phase`, its duration in seconds by name.
@@ -131,6 +146,7 @@ class Progress:
         self._live: Live | None = None
         self._total = self._step = 0
         self._values: dict[str, Any] = {}
+        self._losses: list[float] = []
         self._started = 0.0
         self._first: tuple[int, float] | None = None
         self._drawn = -math.inf
@@ -149,9 +165,15 @@ class Progress:
     def phase(self, name: str) -> Iterator[None]:
         """Say that a part of the run (load, compile) begins, and at its end how long it took."""
         started = self._clock()
-        self.note(f"{name} ...")
         try:
-            yield
+            if self._is_live:
+                columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
+                with Spinner(*columns, console=self._console, transient=True) as spinner:
+                    spinner.add_task(escape(name), total=None)
+                    yield
+            else:
+                self.note(f"{name} ...")
+                yield
         except BaseException:
             self.note(f"{name}: failed after {format_seconds(self._clock() - started)}")
             raise
@@ -162,12 +184,13 @@ class Progress:
         """Begin to count. first_step: updates done before, by the run that is resumed."""
         self._total, self._step = total_steps, first_step
         self._started = self._clock()
-        if self._console.is_terminal and not self._console.is_dumb_terminal:
+        if self._is_live:
             self._live = Live(self._block(), console=self._console, auto_refresh=False)
             self._live.start(refresh=True)
 
     def update(self, step: int, values: Mapping[str, Any]) -> None:
-        """Show a step's loss, eval_loss, learning_rate, grad_norm, loss_scale, tokens_per_second and device_bytes.
+        """Show a step's loss, eval_loss, learning_rate, grad_norm, loss_scale, tokens_per_second, mfu, device_bytes and
+        host_bytes.
 
         Other values and None are passed over, so the record of metrics.jsonl can be given as it is. A plain line is
         printed at every log_every-th step, at the last, and wherever there is an eval_loss.
@@ -177,6 +200,8 @@ class Progress:
         self._step = step
         shown = {name: value for name, value in values.items() if name in _SHOWN and value is not None}
         self._values.update(shown)
+        if math.isfinite(values.get("loss", math.nan)):
+            self._losses.append(values["loss"])
         last = step >= self._total
         if self._live is None:
             if last or step % self._log_every == 0 or "eval_loss" in shown:
@@ -203,9 +228,12 @@ class Progress:
             self._live.stop()
             self._live = None
 
+    @property
+    def _is_live(self) -> bool:
+        return self._console.is_terminal and not self._console.is_dumb_terminal
+
     def _describe(self, values: Mapping[str, Any]) -> list[str]:
-        shown = [show(values[name]) for name, show in _SHOWN.items() if name in values]
-        return [*shown, f"host {format_bytes(host_rss())}"]
+        return [f"{label} {show(values[name])}" for name, (label, show) in _SHOWN.items() if name in values]
 
     def _remaining(self) -> str:
         """Time left at the pace since the first update shown, which may itself have waited for a compilation."""
@@ -214,12 +242,26 @@ class Progress:
         pace = (self._clock() - self._first[1]) / (self._step - self._first[0])
         return format_seconds(pace * (self._total - self._step))
 
-    def _block(self) -> Group:
+    def _block(self) -> Panel:
         head = Table.grid(padding=(0, 2))
         elapsed = f"{format_seconds(self._clock() - self._started)}, ETA {self._remaining()}"
         bar = ProgressBar(total=max(self._total, 1), completed=self._step, width=32)
         head.add_row(Text(f"step {self._step}/{self._total}"), bar, Text(elapsed))
-        return Group(head, Text("  ".join(self._describe(self._values))))
+        shown = [(label, show(self._values[name])) for name, (label, show) in _SHOWN.items() if name in self._values]
+        values = Table.grid(padding=(0, 3))
+        for start in range(0, len(shown), 5):
+            values.add_row(*(Text(label, style="dim") for label, _ in shown[start : start + 5]))
+            values.add_row(*(Text(text, style="bold") for _, text in shown[start : start + 5]))
+        curve = Text.assemble(("loss ", "dim"), _bars(self._losses, _BARS_WIDTH)) if len(self._losses) > 1 else Text("")
+        return Panel(Group(head, values, curve), expand=False)
+
+
+def _bars(values: Sequence[float], width: int) -> str:
+    """A curve of at most `width` bars, each the mean of as many values."""
+    size = -(-len(values) // width)
+    means = [sum(part) / len(part) for part in (values[i : i + size] for i in range(0, len(values), size))]
+    low, high = min(means), max(means)
+    return "".join(_BARS[round((mean - low) / ((high - low) or 1.0) * (len(_BARS) - 1))] for mean in means)
 
 
 def host_rss() -> int:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import math
+import re
+import time
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -107,21 +109,26 @@ def test_plain_lines_where_there_is_no_terminal() -> None:
                 "grad_norm": 0.5,
                 "tokens_per_second": 15903.4,
             }
-            values |= {"device_bytes": 9 * 2**30, "not_shown": 1, "eval_loss": 1.5 if step == 7 else None}
+            values |= {
+                "mfu": 0.5312,
+                "device_bytes": 9 * 2**30,
+                "host_bytes": 2**30,
+                "not_shown": 1,
+                "eval_loss": 1.5 if step == 7 else None,
+            }
             progress.update(step, values)
         progress.summary({"held-out loss": "2.0 -> 1.5"})
     lines = out.getvalue().splitlines()
     assert lines[:2] == ["compile [1/2] ...", "compile [1/2]: 1:05"]
     assert [line.split("  ")[0] for line in lines[2:-2]] == ["step 5/12", "step 7/12", "step 10/12", "step 12/12"]
-    host = lines[2].split("  ")[-2]
-    assert host.startswith("host ")
     assert lines[2].split("  ")[1:] == [
         "loss 2.0000",
         "lr 1.00e-04",
         "grad norm 0.500",
-        "15,903 tokens/s",
+        "tokens/s 15,903",
+        "MFU 53.1%",
         "device 9.00 GiB",
-        host,
+        "host 1.00 GiB",
         "ETA 14.0 s",
     ]
     assert ["eval loss 1.5000" in line for line in lines[2:-2]] == [False, True, False, False]
@@ -152,10 +159,19 @@ def test_terminal_block_keeps_the_last_values_and_counts_from_the_resumed_step()
         progress.update(51, {"loss": 2.5})
         block = out.getvalue()
         progress.note("saved [checkpoint]")
-    for part in ("step 51/100", "loss 2.5000", "eval loss 1.2500", "10.0 s, ETA 49.0 s", "host "):
+    for part in ("step 51/100", "2.5000", "1.2500", "10.0 s, ETA 49.0 s", "loss █▇▁"):
         assert part in block
     assert "saved [checkpoint]" in out.getvalue()
     assert out.getvalue().rstrip().endswith("\x1b[?25h"), "the cursor is shown again"
+
+
+def test_phase_turns_a_spinner_in_a_terminal() -> None:
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=True, width=80, color_system=None, _environ={"TERM": "xterm"})
+    with Progress(console=console) as progress, progress.phase("compile [the step]"):
+        time.sleep(0.3)
+    assert out.getvalue().count("compile [the step]") > 2
+    assert re.search(r"compile \[the step\]: 0\.[3-9] s\s*$", out.getvalue())
 
 
 def test_terminal_is_left_in_order_after_an_error() -> None:

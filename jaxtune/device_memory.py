@@ -1,0 +1,70 @@
+"""How much of a GPU this process takes: set before JAX starts the GPU, through its client's options."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+
+import jax
+
+from jaxtune.config import parse_bytes
+from jaxtune.devices import CONTEXT_BYTES
+from jaxtune.errors import UserError
+from jaxtune.metrics import format_bytes
+
+# Without a limit. JAX's own default is 0.75, which would leave a quarter of the card unused.
+_WHOLE_CARD = 0.95
+_VARIABLES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
+
+
+def limit_memory(limit: str | None) -> None:
+    """Take memory as it is needed, and no more than `limit` (as `train.memory_limit`) in all.
+
+    JAX's allocator gets the limit less an allowance of CONTEXT_BYTES for CUDA itself. What the user has set in the
+    environment (XLA_PYTHON_CLIENT_PREALLOCATE, XLA_CLIENT_MEM_FRACTION) holds where there is no limit. On a machine
+    without an NVIDIA GPU there is nothing to set: a limit is then what a plan is checked against.
+
+    Raises:
+        UserError: the limit is more than the GPU has or too little to start with, or contradicts the environment.
+    """
+    given = jax.config.jax_pjrt_client_create_options or {}
+    options = dict(part.split(":", 1) for part in given.split(";") if part) if isinstance(given, str) else dict(given)
+    if "XLA_PYTHON_CLIENT_PREALLOCATE" not in os.environ:
+        options.setdefault("preallocate", False)
+    set_by_user = [name for name in _VARIABLES if os.environ.get(name)]
+    total = _card_bytes() if limit is not None else None
+    if limit is not None and total is not None:
+        if set_by_user:
+            raise UserError(f"train.memory_limit is {limit}, and {set_by_user[0]} is set as well; remove one of them")
+        wanted = parse_bytes("train.memory_limit", limit)
+        if not 2 * CONTEXT_BYTES <= wanted <= total:
+            raise UserError(
+                f"train.memory_limit is {limit}; this GPU has {format_bytes(total)}, and a run needs at least "
+                f"{format_bytes(2 * CONTEXT_BYTES)}"
+            )
+        options["memory_fraction"] = (wanted - CONTEXT_BYTES) / total
+    elif not set_by_user:
+        options.setdefault("memory_fraction", _WHOLE_CARD)
+    jax.config.update("jax_pjrt_client_create_options", options)
+
+
+def check_limit(limit: str | None) -> None:
+    """Raise UserError where a limit does not hold since the GPU was started before it was set. Starts the device."""
+    given = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
+    if limit is not None and given is not None and given > parse_bytes("train.memory_limit", limit):
+        raise UserError(
+            f"train.memory_limit is {limit}, but JAX has started the GPU with {format_bytes(given)} already; call "
+            "jaxtune before any other use of JAX in the process"
+        )
+
+
+def _card_bytes() -> int | None:
+    """Memory of the first GPU that this process would use, as its driver tells without starting it; None without one."""
+    if shutil.which("nvidia-smi") is None:
+        return None
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip() or "0"
+    command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits", "-i", first]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
+    text = done.stdout.strip()
+    return int(text) * 2**20 if done.returncode == 0 and text.isdigit() else None
