@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+from typing import Any
 
 import jax
 
@@ -28,8 +29,10 @@ def limit_memory(limit: str | None) -> None:
     Raises:
         UserError: the limit is more than the GPU has or too little to start with, or contradicts the environment.
     """
-    given = jax.config.jax_pjrt_client_create_options or {}
-    options = dict(part.split(":", 1) for part in given.split(";") if part) if isinstance(given, str) else dict(given)
+    given: Any = jax.config.values["jax_pjrt_client_create_options"] or {}
+    options: dict[str, Any] = dict(
+        (part.split(":", 1) for part in given.split(";") if part) if isinstance(given, str) else given
+    )
     if "XLA_PYTHON_CLIENT_PREALLOCATE" not in os.environ:
         options.setdefault("preallocate", False)
     set_by_user = [name for name in _VARIABLES if os.environ.get(name)]
@@ -60,7 +63,7 @@ def check_limit(limit: str | None) -> None:
 
 
 def _card_bytes() -> int | None:
-    """Memory of the first GPU that this process would use, as its driver tells without starting it; None without one."""
+    """Memory of the first GPU that this process would use, as its driver's tool tells; None where there is none."""
     if shutil.which("nvidia-smi") is None:
         return None
     first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip() or "0"
