@@ -1,16 +1,20 @@
-"""The seam: every linear layer of a model is one call here, dense or NF4, with or without an adapter."""
+"""The seam: every linear layer of a model passes through here, dense or NF4, with or without an adapter."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 from jax import Array
 from jaxtyping import Float
 
-from pallas_kernels.lora_linear import lora_linear
+from pallas_kernels.glu_linear import glu_linear
+from pallas_kernels.lora_linear import Projection, grouped_lora_linear
+from pallas_kernels.norm_linear import norm_linear
+
+Tree = Mapping[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,33 +25,62 @@ class Adaptation:
     dropout_rate: float = 0.0
 
 
-def linear(
-    x: Float[Array, "*M K"],
-    base: Mapping[str, Any],
-    adapter: Mapping[str, Array] | None,
-    adaptation: Adaptation,
-    dropout_key: Array | None,
-) -> Float[Array, "*M N"]:
-    """Apply the linear layer `base` ({"kernel": [N, K] or NF4Tensor, "bias": [N] if any}) and its adapter to x.
+@dataclasses.dataclass(frozen=True)
+class Linears:
+    """The linear layers of one sub-block of one decoder layer.
 
-    Args:
-        x: [..., K], in the compute dtype.
-        adapter: {"lora_A": [R, K], "lora_B": [N, R]}, or None where the layer is not adapted.
-        dropout_key: of this layer in this step; None switches dropout off (evaluation).
+    base: {name: {"kernel": [N, K] or NF4Tensor, "bias": [N] if any}}. adapter: {name: {"lora_A": [R, K], "lora_B":
+    [N, R]}} of the adapted ones. dropout_key: of this sub-block in this step; None switches dropout off (evaluation).
     """
-    adapter = adapter or {}
-    return lora_linear(
-        x,
-        base["kernel"],
-        base.get("bias"),
-        adapter.get("lora_A"),
-        adapter.get("lora_B"),
-        scaling=adaptation.scaling,
-        dropout_rate=0.0 if dropout_key is None else adaptation.dropout_rate,
-        dropout_key=dropout_key,
-    )
+
+    base: Tree
+    adapter: Tree
+    adaptation: Adaptation
+    dropout_key: Array | None
+
+    def after_norm(
+        self,
+        names: Sequence[str],
+        x: Float[Array, "*M D"],
+        norm: Tree,
+        residual: Float[Array, "*M D"] | None = None,
+        *,
+        eps: float,
+        unit_offset: bool = False,
+        name: str,
+    ) -> tuple[Float[Array, "*M N"], Float[Array, "*M D"]]:
+        """The named layers side by side on the normalised x + residual, and that sum; see `norm_linear`."""
+        group = [self._projection(each) for each in names]
+        options = self._adapters_act(names[0])
+        return norm_linear(
+            x, norm["scale"], group, residual=residual, eps=eps, unit_offset=unit_offset, name=name, **options
+        )
+
+    def after_glu(self, name: str, gate_up: Float[Array, "*M F2"], activation: str) -> Float[Array, "*M N"]:
+        """The named layer on the gated unit; see `glu_linear`."""
+        options = self._adapters_act(name)
+        return glu_linear(gate_up, self._projection(name), activation=activation, name=name, **options)
+
+    def apply(self, name: str, x: Float[Array, "*M K"]) -> Float[Array, "*M N"]:
+        """The named layer on x."""
+        return grouped_lora_linear(x, [self._projection(name)], **self._adapters_act(name))
+
+    def _projection(self, name: str) -> Projection:
+        base, adapter = self.base[name], self.adapter.get(name, {})
+        return Projection(base["kernel"], base.get("bias"), adapter.get("lora_A"), adapter.get("lora_B"))
+
+    def _adapters_act(self, name: str) -> dict[str, Any]:
+        """How the adapters of a call act; `name` sets its dropout apart from that of other calls."""
+        if self.dropout_key is None:
+            return {"scaling": self.adaptation.scaling}
+        index = sorted(self.base).index(name)
+        return {
+            "scaling": self.adaptation.scaling,
+            "dropout_rate": self.adaptation.dropout_rate,
+            "dropout_key": jax.random.fold_in(self.dropout_key, index),
+        }
 
 
 def split_key(key: Array | None, index: int) -> Array | None:
-    """A key of its own for each of several layers that share `key`; None stays None."""
+    """A key of its own for each of several parts that share `key`; None stays None."""
     return None if key is None else jax.random.fold_in(key, index)

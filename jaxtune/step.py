@@ -104,7 +104,12 @@ def batch_loss(lora: Tree, frozen: Tree, batch: Batch, config: StepConfig, dropo
         unroll=config.unroll,
     )
     return linear_cross_entropy(
-        hidden, head_weight(frozen), batch["targets"], batch["loss_weights"], chunk=config.loss_chunk
+        hidden,
+        head_weight(frozen),
+        batch["targets"],
+        batch["loss_weights"],
+        cap=config.decoder.logit_cap,
+        chunk=config.loss_chunk,
     )
 
 

@@ -2,36 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
+import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float
 
-from jaxtune.linear import linear, split_key
+from jaxtune.linear import Linears
 from jaxtune.models.config import DecoderConfig
 from jaxtune.models.context import Context
+from jaxtune.models.norm import norm
 from pallas_kernels.attention import attention, cached_attention
-from pallas_kernels.rope import rope
+from pallas_kernels.rope import rope, split_rope
 
 Cache = dict[str, Array]
 
 
 def self_attention(
-    h: Float[Array, "B T D"],
-    base: Mapping[str, Any],
-    adapter: Mapping[str, Any],
+    qkv: Float[Array, "B T width"],
+    linears: Linears,
     context: Context,
     config: DecoderConfig,
-    key: Array | None,
     cache: Cache | None,
     layer: Array | int = 0,
 ) -> tuple[Float[Array, "B T D"], Cache | None]:
-    """Queries, keys and values, rotated; attention within documents; output projection.
+    """Queries and keys rotated; attention within documents; output projection.
 
     Args:
-        h: [B, T, D], normalised.
-        base, adapter: this layer's `self_attn` subtrees.
+        qkv: [B, T, (N + 2 K) H], queries, keys and values beside each other.
+        linears: this layer's, for the output projection.
         cache: {"k", "v"}: [L, B, S, K, H] of all layers, which this layer's new tokens are written into; None in
             training.
         layer: this layer's index in the cache.
@@ -39,17 +38,18 @@ def self_attention(
     Returns:
         [B, T, D], and the cache with the new tokens.
     """
-    b, t, _ = h.shape
-
-    def project(index: int, name: str, x: Array) -> Array:
-        return linear(x, base[name], adapter.get(name), context.adaptation, split_key(key, index))
-
-    q = project(0, "q_proj", h).reshape(b, t, config.num_heads, config.head_dim)
-    k = project(1, "k_proj", h).reshape(b, t, config.num_kv_heads, config.head_dim)
-    v = project(2, "v_proj", h).reshape(b, t, config.num_kv_heads, config.head_dim)
-    q, k = rope(q, k, context.cos, context.sin)
+    b, t, _ = qkv.shape
+    heads, kv_heads = config.num_heads, config.num_kv_heads
+    if "q_norm" in linears.base:
+        by_head = qkv.reshape(b, t, heads + 2 * kv_heads, config.head_dim)
+        q, k, v = jnp.split(by_head, (heads, heads + kv_heads), axis=2)
+        q, k = norm(q, linears.base["q_norm"], config), norm(k, linears.base["k_norm"], config)
+        q, k = rope(q, k, context.cos, context.sin)
+    else:
+        q, k, v = split_rope(qkv, context.cos, context.sin, heads=heads, kv_heads=kv_heads)
+    form: Any = {"window": context.window, "cap": config.attention_cap, "scale": config.attention_scale}
     if cache is None:
-        out = attention(q, k, v, segment_ids=context.segment_ids)
+        out = attention(q, k, v, segment_ids=context.segment_ids, **form)
     else:
         at = (layer, 0, context.cache_start, 0, 0)
         cache = {
@@ -57,5 +57,5 @@ def self_attention(
             "v": lax.dynamic_update_slice(cache["v"], v[None], at),
         }
         keys, values = (lax.dynamic_index_in_dim(cache[name], layer, keepdims=False) for name in ("k", "v"))
-        out = cached_attention(q, keys, values, context.cache_start, first=context.cache_first)
-    return project(3, "o_proj", out.reshape(b, t, -1)), cache
+        out = cached_attention(q, keys, values, context.cache_start, first=context.cache_first, **form)
+    return linears.apply("o_proj", out.reshape(b, t, -1)), cache

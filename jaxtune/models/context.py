@@ -1,4 +1,4 @@
-"""What all layers of one forward pass share."""
+"""What all layers of one kind share in one forward pass."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ from jaxtune.linear import Adaptation
 class Context:
     """Angles, documents and settings of one forward pass.
 
-    cos, sin: float32 [B, T, H / 2]. segment_ids: int32 [B, T], or None where every row is one document.
+    cos, sin: float32 [B, T, H / 2], or narrower where only the front of each head is turned.
+    segment_ids: int32 [B, T], or None where every row is one document.
     cache_start: tokens already in the KV cache, int32 scalar; 0 in training.
     adaptation: how adapters act.
     cache_first: index of each row's first token in the KV cache, int32 [B], where rows are padded in front; else None.
+    window: keys that a query sees, or None for all.
     """
 
     cos: Array
@@ -25,3 +27,4 @@ class Context:
     cache_start: Array | int
     adaptation: Adaptation
     cache_first: Array | None = None
+    window: int | None = None

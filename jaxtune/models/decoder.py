@@ -3,7 +3,8 @@ here."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -12,38 +13,28 @@ from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float, Int
 
-from jaxtune.linear import Adaptation, linear, split_key
+from jaxtune.linear import Adaptation, Linears, split_key
 from jaxtune.models.attention import Cache, self_attention
 from jaxtune.models.config import DecoderConfig
 from jaxtune.models.context import Context
-from pallas_kernels.glu import glu
-from pallas_kernels.rms_norm import rms_norm
+from jaxtune.models.norm import norm
+from jaxtune.models.rope import document_lengths
+from pallas_kernels.nf4 import NF4Layer, NF4Tensor
 
 Tree = Mapping[str, Any]
 Wrap = Callable[[Callable[..., Any]], Callable[..., Any]]
+Carry = tuple[Array, Cache | None]
 
 
-def embed(frozen: Tree, tokens: Int[Array, "B T"], dtype: jnp.dtype) -> Float[Array, "B T D"]:
-    """Rows of the embedding table, in the compute dtype."""
-    return frozen["embed_tokens"]["embedding"][tokens].astype(dtype)
+def embed(frozen: Tree, tokens: Int[Array, "B T"], config: DecoderConfig, dtype: jnp.dtype) -> Float[Array, "B T D"]:
+    """Rows of the embedding table, scaled where the family does so, in the compute dtype."""
+    rows = frozen["embed_tokens"]["embedding"][tokens].astype(dtype)
+    return rows if config.embedding_scale == 1.0 else rows * jnp.asarray(config.embedding_scale, dtype)
 
 
 def head_weight(frozen: Tree) -> Float[Array, "V D"]:
     """The output head: its own matrix, or the embedding table where the two are tied."""
     return frozen["lm_head"]["kernel"] if "lm_head" in frozen else frozen["embed_tokens"]["embedding"]
-
-
-def mlp(
-    h: Float[Array, "B T D"], base: Tree, adapter: Tree, context: Context, config: DecoderConfig, key: Array | None
-) -> Float[Array, "B T D"]:
-    """down(activation(gate(h)) * up(h)); `base` and `adapter` are this layer's `mlp` subtrees."""
-
-    def project(index: int, name: str, x: Array) -> Array:
-        return linear(x, base[name], adapter.get(name), context.adaptation, split_key(key, index))
-
-    return project(
-        6, "down_proj", glu(project(4, "gate_proj", h), project(5, "up_proj", h), activation=config.activation)
-    )
 
 
 def block(
@@ -68,13 +59,22 @@ def block(
         The residual stream after the layer, and the cache with the new tokens.
     """
     x = checkpoint_name(x, "layer_input")
-    h = rms_norm(x, base["input_layernorm"]["scale"], eps=config.norm_eps)
-    attended, cache = self_attention(
-        h, base["self_attn"], adapter.get("self_attn", {}), context, config, key, cache, layer
+    attention, mlp = (
+        Linears(base[part], adapter.get(part, {}), context.adaptation, split_key(key, index))
+        for index, part in enumerate(("self_attn", "mlp"))
     )
-    x = x + attended
-    h = rms_norm(x, base["post_attention_layernorm"]["scale"], eps=config.norm_eps)
-    return x + mlp(h, base["mlp"], adapter.get("mlp", {}), context, config, key), cache
+    norm_form: Any = {"eps": config.norm_eps, "unit_offset": config.unit_offset_norms}
+    qkv, x = attention.after_norm(("q_proj", "k_proj", "v_proj"), x, base["input_layernorm"], **norm_form, name="qkv")
+    attended, cache = self_attention(qkv, attention, context, config, cache, layer)
+    if "attention_output_norm" in base:
+        attended = norm(attended, base["attention_output_norm"], config)
+    gate_up, x = mlp.after_norm(
+        ("gate_proj", "up_proj"), x, base["post_attention_layernorm"], attended, **norm_form, name="gate_up"
+    )
+    out = mlp.after_glu("down_proj", gate_up, config.activation)
+    if "mlp_output_norm" in base:
+        out = norm(out, base["mlp_output_norm"], config)
+    return x + out, cache
 
 
 def hidden_states(
@@ -111,22 +111,58 @@ def hidden_states(
     Returns:
         [B, T, D] ready for the head, and the cache.
     """
-    cos, sin = config.rope.cos_sin(positions)
-    context = Context(cos, sin, segment_ids, cache_start, adaptation, cache_first)
+    # In generation all tokens take the angles of a document that fills the cache, whatever is in it by now.
+    lengths = document_lengths(positions, segment_ids) if cache is None else jnp.full((1, 1), cache["k"].shape[2])
 
-    # The cache is carried: as an input and output of the loop it would exist twice.
-    def layer(carry: tuple[Array, Cache | None], inputs: tuple[Any, Any, Array]) -> tuple[Any, None]:
-        (x, cache), (base, adapter, index) = carry, inputs
+    def context(window: int | None) -> Context:
+        rope = config.local_rope if window is not None and config.local_rope is not None else config.rope
+        cos, sin = rope.cos_sin(positions, lengths)
+        return Context(cos, sin, segment_ids, cache_start, adaptation, cache_first, window)
+
+    contexts = {window: context(window) for window in config.windows}
+
+    # The cache is carried: as an input and output of the loop it would exist twice. Weights are picked from their stack
+    # inside of what is recomputed: what waits for the backward pass is the stack, and no layer's copy.
+    def layer(carry: Carry, inputs: tuple[Any, Array], window: int | None) -> tuple[Carry, None]:
+        (x, cache), (adapter, index) = carry, inputs
+        base = jax.tree.map(partial(_pick, index=index), frozen["layers"], is_leaf=_is_packed)
         key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
-        return block(x, base, adapter, context, config, key, cache, index), None
+        return block(x, base, adapter, contexts[window], config, key, cache, index), None
 
-    layers = (frozen["layers"], lora.get("layers", {}), jnp.arange(config.num_layers))
-    start = (embed(frozen, tokens, dtype), cache)
-    (x, cache), _ = lax.scan(remat(layer) if remat else layer, start, layers, unroll=unroll)
-    return rms_norm(x, frozen["norm"]["scale"], eps=config.norm_eps), cache
+    wrapped = [(remat or _keep_all_but_weights)(partial(layer, window=window)) for window in config.windows]
+
+    def pattern(carry: Carry, inputs: Sequence[tuple[Any, Array]]) -> tuple[Carry, None]:
+        for each, of_layer in zip(wrapped, inputs):
+            carry, _ = each(carry, of_layer)
+        return carry, None
+
+    # A loop over whole patterns, then the layers of a last one that is not whole.
+    layers, period = (lora.get("layers", {}), jnp.arange(config.num_layers)), len(wrapped)
+    whole = config.num_layers // period * period
+    patterns = [jax.tree.map(lambda leaf, i=i: leaf[i:whole:period], layers) for i in range(period)]
+    carry, _ = lax.scan(pattern, (embed(frozen, tokens, config, dtype), cache), patterns, unroll=unroll)
+    rest = [jax.tree.map(lambda leaf, i=i: leaf[i], layers) for i in range(whole, config.num_layers)]
+    (x, cache), _ = pattern(carry, rest)
+    return norm(x, frozen["norm"], config), cache
 
 
-def logits(frozen: Tree, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+def _is_packed(leaf: Any) -> bool:
+    return isinstance(leaf, NF4Tensor)
+
+
+def _pick(leaf: Any, index: Array) -> Any:
+    """One layer of a stack; of a packed weight a reference to it, which its decoding follows."""
+    return NF4Layer(leaf, index) if _is_packed(leaf) else lax.dynamic_index_in_dim(leaf, index, keepdims=False)
+
+
+def _keep_all_but_weights(layer: Callable[..., Any]) -> Callable[..., Any]:
+    """Recompute nothing but the choice of a layer's weights from the stack."""
+    picking = (lax.dynamic_slice_p, lax.squeeze_p)
+    return jax.checkpoint(layer, prevent_cse=False, policy=lambda primitive, *_, **__: primitive not in picking)
+
+
+def logits(frozen: Tree, hidden: Float[Array, "B T D"], config: DecoderConfig) -> Float[Array, "B T V"]:
     """float32 logits; for generation and tests (training never holds them, see pallas_kernels.cross_entropy)."""
     head = head_weight(frozen).astype(hidden.dtype)
-    return jnp.einsum("btd,vd->btv", hidden, head, preferred_element_type=jnp.float32)
+    raw = jnp.einsum("btd,vd->btv", hidden, head, preferred_element_type=jnp.float32)
+    return raw if config.logit_cap is None else config.logit_cap * jnp.tanh(raw / config.logit_cap)

@@ -86,7 +86,8 @@ def test_remat_policies_change_nothing_but_memory(remat: str) -> None:
     batch = accumulated(packed_batch(DECODER, random_documents(DECODER, [30, 20, 25]), rows=2, length=50))
     loss, gradient = loss_and_gradient(STEP, batch)
     other_loss, other_gradient = loss_and_gradient(dataclasses.replace(STEP, remat=remat), batch)
-    assert float(loss) == float(other_loss)
+    # The compiler contracts products and sums of the two programs differently: units in the last place.
+    np.testing.assert_allclose(other_loss, loss, rtol=5e-7)
     assert_trees_close(other_gradient, gradient, 1e-6)
 
 
@@ -96,7 +97,7 @@ def test_dropout_repeats_with_its_key_and_survives_remat() -> None:
     key = jax.random.key(5)
     loss, gradient = loss_and_gradient(config, batch, key=key)
     again, gradient_again = loss_and_gradient(dataclasses.replace(config, remat="full"), batch, key=key)
-    assert float(loss) == float(again)
+    np.testing.assert_allclose(again, loss, rtol=5e-7)
     assert_trees_close(gradient_again, gradient, 1e-6)
     assert float(loss_and_gradient(config, batch, key=jax.random.key(6))[0]) != float(loss)
     assert float(loss_and_gradient(config, batch)[0]) == float(loss_and_gradient(STEP, batch)[0])
