@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -11,14 +13,34 @@ from jax.sharding import AbstractDevice, AbstractMesh
 # The GPU that `lower_for_cuda` stands for.
 _H200 = AbstractDevice("NVIDIA H200", num_cores=132, platform="gpu")
 _CAPABILITIES = {"NVIDIA H200": 9.0}
+# What `assume_capability` says, in a tuple of one; None where it says nothing.
+_assumed: contextvars.ContextVar[tuple[float | None] | None] = contextvars.ContextVar("assumed", default=None)
+
+
+@contextlib.contextmanager
+def assume_capability(capability: float | None) -> Iterator[None]:
+    """Choose implementations as on a GPU of this compute capability, or with None as on a machine without one.
+
+    For tracing, to see what another device would run; and for running with None, where the default device is a CPU.
+    What was traced before keeps its choices, so JAX's caches are cleared on both ends.
+    """
+    token = _assumed.set((capability,))
+    jax.clear_caches()
+    try:
+        yield
+    finally:
+        _assumed.reset(token)
+        jax.clear_caches()
 
 
 def compute_capability() -> float | None:
     """The compute capability of the GPU at hand, such as 9.0, or None where it is no NVIDIA GPU.
 
-    It is that of the default device; within `lower_for_cuda`, on a machine without a GPU, that of the one it stands
-    for.
+    It is that of the default device; within `assume_capability` the one assumed; within `lower_for_cuda`, on a machine
+    without a GPU, that of the one it stands for.
     """
+    if (assumed := _assumed.get()) is not None:
+        return assumed[0]
     device = jax.devices()[0]
     if device.platform != "gpu":
         target = jax.sharding.get_abstract_mesh().abstract_device

@@ -7,11 +7,37 @@ once, with the reason.
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
+import dataclasses
 import functools
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 _logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """An automatic choice. implementation: what runs. refused: why not the better ones, by name."""
+
+    op: str
+    implementation: str
+    refused: tuple[tuple[str, str], ...]
+
+
+_recorder: contextvars.ContextVar[list[Choice] | None] = contextvars.ContextVar("recorder", default=None)
+
+
+@contextlib.contextmanager
+def record_choices() -> Iterator[list[Choice]]:
+    """Gives a list that every automatic choice made inside is added to, in order; what is traced anew, chooses anew."""
+    choices: list[Choice] = []
+    token = _recorder.set(choices)
+    try:
+        yield choices
+    finally:
+        _recorder.reset(token)
 
 
 def choose(op: str, implementation: str | None, candidates: Mapping[str, Callable[[], str | None]]) -> str:
@@ -27,14 +53,16 @@ def choose(op: str, implementation: str | None, candidates: Mapping[str, Callabl
         NotImplementedError: the named implementation, or with None every candidate, cannot run here; the text says why.
     """
     if implementation is None:
-        refused: list[str] = []
+        refused: dict[str, str] = {}
         for name, unsupported_reason in candidates.items():
             reason = unsupported_reason()
             if reason is None:
-                _log_once(f"{op}: using {name!r}" + (f" ({'; '.join(refused)})" if refused else ""))
+                _log_once(f"{op}: using {name!r}" + (f" ({_reasons(refused)})" if refused else ""))
+                if (choices := _recorder.get()) is not None:
+                    choices.append(Choice(op, name, tuple(refused.items())))
                 return name
-            refused.append(f"{name!r} cannot run: {reason}")
-        raise NotImplementedError(f"{op}: no implementation can run here ({'; '.join(refused)})")
+            refused[name] = reason
+        raise NotImplementedError(f"{op}: no implementation can run here ({_reasons(refused)})")
     if implementation not in candidates:
         names = ", ".join(map(repr, candidates))
         raise ValueError(
@@ -44,6 +72,10 @@ def choose(op: str, implementation: str | None, candidates: Mapping[str, Callabl
     if reason is not None:
         raise NotImplementedError(f"{op}: implementation {implementation!r} cannot run: {reason}")
     return implementation
+
+
+def _reasons(refused: Mapping[str, str]) -> str:
+    return "; ".join(f"{name!r} cannot run: {reason}" for name, reason in refused.items())
 
 
 @functools.cache

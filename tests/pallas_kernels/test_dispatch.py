@@ -2,9 +2,10 @@ from __future__ import annotations
 
 import logging
 
+import jax
 import pytest
 
-from pallas_kernels import _dispatch
+from pallas_kernels import _device, _dispatch
 
 
 def test_automatic_choice_takes_the_first_that_can_run_and_logs_why_once(caplog):
@@ -35,3 +36,25 @@ def test_unknown_name_and_nothing_usable():
         _dispatch.choose("op", "cuda", {"triton": lambda: None, "xla": lambda: None})
     with pytest.raises(NotImplementedError, match=r"no implementation can run here .*no GPU.*no CPU"):
         _dispatch.choose("op", None, {"triton": lambda: "no GPU", "xla": lambda: "no CPU"})
+
+
+def test_automatic_choices_are_recorded_each_time():
+    candidates = {"triton": lambda: "no GPU", "xla": lambda: None}
+    with _dispatch.record_choices() as choices:
+        for _ in range(2):
+            _dispatch.choose("op_recorded", None, candidates)
+        _dispatch.choose("op_recorded", "xla", candidates)
+    _dispatch.choose("op_recorded", None, candidates)
+    assert choices == [_dispatch.Choice("op_recorded", "xla", (("triton", "no GPU"),))] * 2
+
+
+@pytest.mark.parametrize("capability", [None, 7.5, 12.0])
+def test_assumed_capability_holds_inside_and_traces_anew(capability):
+    seen = []
+    traced = jax.jit(lambda x: seen.append(_device.compute_capability()) or x)
+    before = _device.compute_capability()
+    traced(1.0)
+    with _device.assume_capability(capability):
+        traced(1.0)
+    traced(1.0)
+    assert seen == [before, capability, before]
