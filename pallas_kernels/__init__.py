@@ -1,27 +1,44 @@
 """GPU ops for 4-bit fine-tuning, usable alone: NumPy and JAX only.
 
-Each op is a package with a function of the same name, as in `from pallas_kernels.nf4_matmul import nf4_matmul`; here
-stand the names that have no package of their own, loaded on first use.
+Each op is a package, and most are named like their function: `pallas_kernels.rms_norm` is the function here, as in
+`from pallas_kernels import rms_norm`, and what stands beside it is imported from the package, as in
+`from pallas_kernels.rms_norm import rms_norm_backward`. All are imported at once, because a package that is imported
+later would take its function's name. `python -m pallas_kernels.bench` checks and times them.
 """
 
-from __future__ import annotations
+from pallas_kernels.adam8bit import Moments8bit, adam8bit, adam8bit_init
+from pallas_kernels.attention import attention, cached_attention
+from pallas_kernels.cross_entropy import linear_cross_entropy
+from pallas_kernels.glu import glu
+from pallas_kernels.glu_linear import glu_linear
+from pallas_kernels.lora_linear import Projection, grouped_lora_linear, lora_linear
+from pallas_kernels.nf4 import NF4Tensor
+from pallas_kernels.nf4 import dequantize as nf4_dequantize
+from pallas_kernels.nf4 import quantize as nf4_quantize
+from pallas_kernels.nf4_matmul import nf4_matmul
+from pallas_kernels.norm_linear import norm_linear
+from pallas_kernels.rms_norm import add_rms_norm, rms_norm
+from pallas_kernels.rope import rope, split_rope
 
-import importlib
-from typing import Any
-
-_PUBLIC = {
-    "NF4Tensor": ("pallas_kernels.nf4", "NF4Tensor"),
-    "nf4_dequantize": ("pallas_kernels.nf4", "dequantize"),
-    "nf4_quantize": ("pallas_kernels.nf4", "quantize"),
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _PUBLIC:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module, attribute = _PUBLIC[name]
-    return getattr(importlib.import_module(module), attribute)
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *_PUBLIC])
+__all__ = [
+    "Moments8bit",
+    "NF4Tensor",
+    "Projection",
+    "adam8bit",
+    "adam8bit_init",
+    "add_rms_norm",
+    "attention",
+    "cached_attention",
+    "glu",
+    "glu_linear",
+    "grouped_lora_linear",
+    "linear_cross_entropy",
+    "lora_linear",
+    "nf4_dequantize",
+    "nf4_matmul",
+    "nf4_quantize",
+    "norm_linear",
+    "rms_norm",
+    "rope",
+    "split_rope",
+]
