@@ -62,6 +62,11 @@ class Plan:
         return self.memory.fits(self.device)
 
     @property
+    def useful_flops(self) -> float:
+        """Operations of one update without what a policy computes again: what MFU counts."""
+        return step_flops(self.config, self.model, "none")
+
+    @property
     def tokens_per_step(self) -> int:
         """Places in the rows of one update."""
         train = self.config.train

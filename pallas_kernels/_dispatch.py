@@ -26,14 +26,19 @@ class Choice:
     refused: tuple[tuple[str, str], ...]
 
 
-_recorder: contextvars.ContextVar[list[Choice] | None] = contextvars.ContextVar("recorder", default=None)
+_Recorder = tuple[list[Choice], str | None]
+_recorder: contextvars.ContextVar[_Recorder | None] = contextvars.ContextVar("recorder", default=None)
 
 
 @contextlib.contextmanager
-def record_choices() -> Iterator[list[Choice]]:
-    """Gives a list that every automatic choice made inside is added to, in order; what is traced anew, chooses anew."""
+def record_choices(trace_as: str | None = None) -> Iterator[list[Choice]]:
+    """Gives a list that every automatic choice made inside is added to, in order; what is traced anew, chooses anew.
+
+    trace_as: go on with this implementation, where an op has it, instead of the one chosen: for seeing what a device
+    that is not here would run, when some of it cannot even be traced without the device's libraries.
+    """
     choices: list[Choice] = []
-    token = _recorder.set(choices)
+    token = _recorder.set((choices, trace_as))
     try:
         yield choices
     finally:
@@ -58,9 +63,7 @@ def choose(op: str, implementation: str | None, candidates: Mapping[str, Callabl
             reason = unsupported_reason()
             if reason is None:
                 _log_once(f"{op}: using {name!r}" + (f" ({_reasons(refused)})" if refused else ""))
-                if (choices := _recorder.get()) is not None:
-                    choices.append(Choice(op, name, tuple(refused.items())))
-                return name
+                return _recorded(Choice(op, name, tuple(refused.items())), candidates)
             refused[name] = reason
         raise NotImplementedError(f"{op}: no implementation can run here ({_reasons(refused)})")
     if implementation not in candidates:
@@ -72,6 +75,15 @@ def choose(op: str, implementation: str | None, candidates: Mapping[str, Callabl
     if reason is not None:
         raise NotImplementedError(f"{op}: implementation {implementation!r} cannot run: {reason}")
     return implementation
+
+
+def _recorded(choice: Choice, candidates: Mapping[str, Callable[[], str | None]]) -> str:
+    """The implementation to go on with."""
+    if (recorder := _recorder.get()) is None:
+        return choice.implementation
+    choices, trace_as = recorder
+    choices.append(choice)
+    return trace_as if trace_as is not None and trace_as in candidates else choice.implementation
 
 
 def _reasons(refused: Mapping[str, str]) -> str:

@@ -48,6 +48,13 @@ def test_automatic_choices_are_recorded_each_time():
     assert choices == [_dispatch.Choice("op_recorded", "xla", (("triton", "no GPU"),))] * 2
 
 
+def test_choices_can_be_recorded_without_tracing_them():
+    with _dispatch.record_choices(trace_as="xla") as choices:
+        assert _dispatch.choose("op", None, {"triton": lambda: None, "xla": lambda: None}) == "xla"
+        assert _dispatch.choose("op_of_one", None, {"triton": lambda: None}) == "triton"
+    assert [choice.implementation for choice in choices] == ["triton", "triton"]
+
+
 @pytest.mark.parametrize("capability", [None, 7.5, 12.0])
 def test_assumed_capability_holds_inside_and_traces_anew(capability):
     seen = []

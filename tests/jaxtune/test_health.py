@@ -1,0 +1,67 @@
+"""The health check: what it says of this machine and of others, and that it fails where something is wrong."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+
+from jaxtune import __main__ as command
+from jaxtune import health
+from jaxtune.devices import SHEETS, sheet, this_device
+from pallas_kernels.nf4 import dequantize
+
+
+def test_this_machine_passes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(["--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["ok"]
+    assert {"python", "jax", "numpy"} <= set(result["versions"])
+    assert result["devices"]["devices"][0]["platform"] == "cpu"
+    assert {choice["implementation"] for choice in result["implementations"]["ops"]} == {"xla"}
+    assert result["a QLoRA step"]["error"] <= result["a QLoRA step"]["limit"] < 1e-4
+    assert result["a Llama-3-8B step"]["policies"]["full"]["peak_bytes"] > 10 * 2**30
+
+
+@pytest.mark.parametrize("name", ["jetson", "T4", "rtx 3090", "h200"])
+def test_another_device_is_judged_from_its_data_sheet(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(["--device", name]) == 0
+    out = capsys.readouterr().out
+    assert f"[ ok ] data sheet\n       {sheet(name).kind}: " in out
+    cudnn = "attention: cudnn" if (sheet(name).capability or 0.0) >= 8.0 else "needs compute capability 8.0 or newer"
+    assert cudnn in out
+    assert "estimated, not measured" in out
+    assert "seconds = flops / (0.75 x data sheet's rate)" in out
+
+
+def test_unknown_device(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(["--device", "rtx-4080"]) == 2
+    assert ", ".join(SHEETS) in capsys.readouterr().err
+
+
+def test_wrong_results_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(health, "dequantize", lambda weight: 1.001 * np.asarray(dequantize(weight)))
+    assert not health.check_step(this_device()).ok
+
+
+def test_failure_is_told_and_has_exit_status_1(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*_: Any) -> health.Check:
+        raise RuntimeError("no kernel\nstack")
+
+    for name in ("check_implementations", "check_step"):
+        monkeypatch.setattr(health, name, broken)
+    assert command.main(["--quick"]) == 1
+    out = capsys.readouterr().out
+    assert "[FAIL] a QLoRA step\n       RuntimeError: no kernel\n" in out
+    assert out.endswith("Failed: implementations, a QLoRA step\n")
+
+
+def test_gpu_that_jax_does_not_use_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(health, "_nvidia_smi", lambda field: "NVIDIA H200")
+    check = health.check_devices()
+    assert not check.ok
+    assert "install jaxtune[cuda13]" in check.lines[-1]
