@@ -14,10 +14,10 @@ import peers
 import pytest
 import torch
 
-from jaxtune.linear import Adaptation
+from jaxtune.linear import Adaptation, Linears
 from jaxtune.models.attention import self_attention
 from jaxtune.models.context import Context
-from jaxtune.models.decoder import block, embed, hidden_states, mlp
+from jaxtune.models.decoder import block, embed, hidden_states
 from pallas_kernels.nf4 import NF4Tensor
 from pallas_kernels.rms_norm import rms_norm
 
@@ -138,14 +138,18 @@ def test_parts(tmp_path: Path) -> None:
         return jnp.asarray(seen[name][0].numpy())
 
     positions = jnp.broadcast_to(jnp.arange(33), (2, 33))
-    context = Context(*decoder.rope.cos_sin(positions), None, 0, Adaptation())
+    context = Context(*decoder.rope.cos_sin(positions, jnp.full((2, 1), 33)), None, 0, Adaptation())
     layer = jax.tree.map(lambda leaf: leaf[0], ours.frozen["layers"])
-    normed = rms_norm(given("input norm"), layer["input_layernorm"]["scale"], eps=decoder.norm_eps)
+    attention, mlp = (Linears(layer[part], {}, Adaptation(), None) for part in ("self_attn", "mlp"))
+    qkv, _ = attention.after_norm(
+        ("q_proj", "k_proj", "v_proj"), given("input norm"), layer["input_layernorm"], eps=decoder.norm_eps, name="qkv"
+    )
+    gate_up = jnp.concatenate([mlp.apply(name, given("mlp")) for name in ("gate_proj", "up_proj")], axis=-1)
     computed = {
-        "embedding": embed(ours.frozen, jnp.asarray(tokens), jnp.dtype(jnp.float32)),
-        "input norm": normed,
-        "attention": self_attention(normed, layer["self_attn"], {}, context, decoder, None, None)[0],
-        "mlp": mlp(given("mlp"), layer["mlp"], {}, context, decoder, None),
+        "embedding": embed(ours.frozen, jnp.asarray(tokens), decoder, jnp.dtype(jnp.float32)),
+        "input norm": rms_norm(given("input norm"), layer["input_layernorm"]["scale"], eps=decoder.norm_eps),
+        "attention": self_attention(qkv, attention, context, decoder, None)[0],
+        "mlp": mlp.after_glu("down_proj", gate_up, decoder.activation),
         "block": block(given("block"), layer, {}, context, decoder)[0],
         "final norm": hidden_states(
             ours.frozen, {}, jnp.asarray(tokens), positions, None, decoder, Adaptation(), dtype=jnp.dtype(jnp.float32)
