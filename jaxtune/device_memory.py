@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import shutil
-import subprocess
 from typing import Any
 
 import jax
 
 from jaxtune.config import parse_bytes
 from jaxtune.devices import CONTEXT_BYTES
+from jaxtune.environment import nvidia_smi
 from jaxtune.errors import UserError
 from jaxtune.metrics import format_bytes
 
@@ -64,10 +63,6 @@ def check_limit(limit: str | None) -> None:
 
 def _card_bytes() -> int | None:
     """Memory of the first GPU that this process would use, as its driver's tool tells; None where there is none."""
-    if shutil.which("nvidia-smi") is None:
-        return None
-    first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip() or "0"
-    command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits", "-i", first]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
-    text = done.stdout.strip()
-    return int(text) * 2**20 if done.returncode == 0 and text.isdigit() else None
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0].strip() or "0"
+    text = nvidia_smi("memory.total", first)
+    return int(text) * 2**20 if text is not None and text.isdigit() else None

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import os
-import platform
-import shutil
-import subprocess
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -20,6 +16,7 @@ import numpy as np
 
 from jaxtune.config import DataConfig, LoraConfig, ModelConfig, OutputConfig, RunConfig, TrainConfig
 from jaxtune.devices import Device
+from jaxtune.environment import nvidia_smi, versions
 from jaxtune.loading import resolve_dtype
 from jaxtune.memory import device_peak
 from jaxtune.metrics import format_bytes
@@ -39,10 +36,6 @@ from pallas_kernels._device import assume_capability
 from pallas_kernels._dispatch import record_choices
 from pallas_kernels.nf4 import NF4Tensor, dequantize
 
-PACKAGES = (
-    *("jax", "jaxlib", "jax-cuda13-plugin", "jax-cuda12-plugin", "flax", "optax", "orbax-checkpoint", "transformers"),
-    *("datasets", "numpy"),
-)
 LLAMA_3_8B: dict[str, Any] = {
     "model_type": "llama",
     "hidden_size": 4096,
@@ -88,16 +81,8 @@ def qlora_run(batch: int, length: int, *, r: int = 16, remat: Any = "full") -> R
 
 def check_versions() -> Check:
     """Python, the packages that matter, and the GPU driver."""
-    versions = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    driver = _nvidia_smi("driver_version")
-    if driver is not None:
-        versions["driver"] = driver
-    return Check("versions", True, ("  ".join(f"{name} {value}" for name, value in versions.items()),), versions)
+    found = versions()
+    return Check("versions", True, ("  ".join(f"{name} {value}" for name, value in found.items()),), found)
 
 
 def check_devices() -> Check:
@@ -108,7 +93,7 @@ def check_devices() -> Check:
         + (f": {format_bytes(d['bytes_limit'])} for this process" if "bytes_limit" in d else "")
         for d in devices
     ]
-    unused = _nvidia_smi("name") if jax.default_backend() != "gpu" else None
+    unused = nvidia_smi("name") if jax.default_backend() != "gpu" else None
     if unused is not None:
         lines.append(f"JAX does not use the {unused} of this machine: install jaxtune[cuda13] or jaxtune[cuda12]")
     return Check("devices", unused is None, tuple(lines), {"devices": devices, "unused": unused})
@@ -261,14 +246,6 @@ def _decoded(frozen: Any) -> Any:
 def _largest_error(values: Any, truth: Any) -> float:
     errors = jax.tree.map(lambda ours, true: np.linalg.norm(ours - true) / np.linalg.norm(true), values, truth)
     return float(np.max(jax.tree.leaves(errors)))
-
-
-def _nvidia_smi(field: str) -> str | None:
-    if shutil.which("nvidia-smi") is None:
-        return None
-    command = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
-    return done.stdout.splitlines()[0].strip() if done.returncode == 0 and done.stdout.strip() else None
 
 
 def attempt(name: str, check: Callable[[], Check]) -> Check:

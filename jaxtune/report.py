@@ -84,8 +84,7 @@ def make_report(name: str, records: Records, config: str) -> str:
     ]
     start: dict[str, Any] = {}
     for record in records:
-        if "frozen_bytes" in record:
-            start = {**record}
+        start |= {key: record[key] for key in ("data", "versions") if key in record}
     sections = [
         ("", f'<div class="charts">{"".join(charts)}</div>' if charts else "<p>No update was done.</p>"),
         ("Data", _pre("\n".join(start.get("data", [])))),

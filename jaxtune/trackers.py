@@ -56,6 +56,12 @@ class Service:
         self._module.finish()
 
 
+def check_installed(names: Sequence[str]) -> None:
+    """Raise UserError, naming the command to run, where a service's package is not installed."""
+    for name in names:
+        _import(name)
+
+
 def open_trackers(names: Sequence[str], directory: Path, settings: Mapping[str, Any]) -> list[Tracker]:
     """Start the services of a run.
 

@@ -61,7 +61,7 @@ def test_failure_is_told_and_has_exit_status_1(
 
 
 def test_gpu_that_jax_does_not_use_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(health, "_nvidia_smi", lambda field: "NVIDIA H200")
+    monkeypatch.setattr(health, "nvidia_smi", lambda field: "NVIDIA H200")
     check = health.check_devices()
     assert not check.ok
     assert "install jaxtune[cuda13]" in check.lines[-1]
