@@ -152,6 +152,7 @@ class LoraConfig:
 
     r: rank. lora_alpha: scale numerator: the update is lora_alpha / r (or / sqrt(r) with use_rslora) times B A.
     lora_dropout: probability, on the adapter's input. target_modules: any subset of the seven linears.
+    use_rslora: divide by the root of r instead of r (arXiv:2312.03732).
     dtype: dtype that A and B are stored and updated in. seed: of A's initial values; B starts at zero.
     """
 
@@ -288,13 +289,18 @@ class TrainConfig:
     """The step and the loop.
 
     batch_size: rows per micro-batch, over all devices. gradient_accumulation_steps: micro-batches per update.
-    max_steps: updates; where None, num_train_epochs counts. seed: of data order and dropout.
-    learning_rate: peak. lr_scheduler_type: constant, linear or cosine (to zero) after warmup_steps of linear warmup.
+    max_steps: updates; where None, num_train_epochs counts. num_train_epochs: passes over the data, of which one may be
+        a part. seed: of data order and dropout.
+    learning_rate: peak. lr_scheduler_type: constant, linear or cosine (to zero) after warmup_steps.
+    warmup_steps: updates in which the rate rises from zero to its peak.
     optim: adamw (fp32 state) or adamw_8bit (bitsandbytes' block-wise 8-bit state).
+    weight_decay: decoupled, of every adapter matrix. adam_beta1, adam_beta2: decay of the moments.
+    adam_epsilon: added to the root of the second moment.
     max_grad_norm: global-norm clipping; None for no clipping.
     remat: what the backward pass recomputes: none, full (all of a layer), or offload (full, layer inputs in host
         memory).
     loss_chunk: tokens per chunk of the head and loss; None chooses from the vocabulary.
+    logging_steps: updates between printed lines, where there is no terminal; metrics.jsonl has every update.
     eval_steps: updates between held-out losses (also measured before and after); None for those two only.
     memory_limit: what the run may take of its GPU in all, as in 12GiB or 900MiB; None for the whole card. Memory is
         taken as it is needed, not at once.
@@ -359,7 +365,11 @@ class OutputConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """How many devices along each axis; the product must be the number of devices used."""
+    """How many devices along each axis; the product is the number of devices used.
+
+    data: rows of a batch are spread along it. fsdp: weights as well; 1 in this release. tensor: heads and widths; 1 in
+        this release.
+    """
 
     data: int = 1
     fsdp: int = 1
