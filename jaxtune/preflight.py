@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 
 from jaxtune.config import MeshConfig, TrainConfig
-from jaxtune.data.loader import Dataset, Loader
+from jaxtune.data.dataset import Dataset
+from jaxtune.data.loader import Loader
 from jaxtune.errors import UserError
 from jaxtune.models.config import DecoderConfig
 
@@ -19,12 +20,9 @@ def check_devices(mesh: MeshConfig) -> None:
         raise UserError(f"mesh asks for {devices} devices, this machine has {len(jax.devices())}; lower mesh.data")
 
 
-def check_vocabulary(
-    train_data: Dataset, eval_data: Dataset | None, prompts: Mapping[str, list[int]], decoder: DecoderConfig
-) -> None:
+def check_vocabulary(datasets: Sequence[Dataset], prompts: Mapping[str, list[int]], decoder: DecoderConfig) -> None:
     """Raise UserError for a token that the model's embedding does not have."""
-    tokens = [data.rows.tokens.max() for data in (train_data, eval_data) if data is not None]
-    largest = max(tokens + [max(ids) for ids in prompts.values()])
+    largest = max([data.max_token for data in datasets] + [max(ids) for ids in prompts.values()])
     if largest >= decoder.vocab_size:
         raise UserError(
             f"the tokenizer gives token {largest}, but the model's vocabulary has {decoder.vocab_size} entries; "
@@ -41,17 +39,3 @@ def count_steps(settings: TrainConfig, loader: Loader) -> int:
             "would never reach its peak; lower train.warmup_steps, or raise train.num_train_epochs"
         )
     return total
-
-
-def describe_data(name: str, data: Dataset) -> str:
-    """One line on what became of the records."""
-    s = data.statistics
-    left_out = ", ".join(
-        f"{count} {what}"
-        for count, what in ((s.truncated, "truncated"), (s.dropped, "dropped as too long"), (s.unlearnt, "unlearnt"))
-        if count
-    )
-    return (
-        f"{name}: {s.documents:,} documents of {s.records:,} records{f' ({left_out})' if left_out else ''}, "
-        f"{s.tokens:,} tokens ({s.learnt_tokens:,} learnt) in {s.rows:,} rows, {s.fill:.1%} full"
-    )

@@ -23,23 +23,29 @@ import numpy as np
 from jaxtune.base import BaseModel, find_base
 from jaxtune.checkpoint import Checkpoints, check_compatible, run_meta
 from jaxtune.config import RunConfig
-from jaxtune.config_io import check_files
-from jaxtune.data.loader import Dataset, Loader, build
+from jaxtune.config_io import check_files, to_dict
+from jaxtune.data.dataset import Dataset, build, eval_sets
+from jaxtune.data.loader import Loader, Position, Prefetch
+from jaxtune.data.report import describe
+from jaxtune.device_memory import check_limit, limit_memory
+from jaxtune.environment import versions
 from jaxtune.errors import UserError
-from jaxtune.evaluation import held_out_loss
+from jaxtune.evaluation import held_out
 from jaxtune.export import save_peft_adapter
 from jaxtune.loading import read_hf_config
 from jaxtune.lora import count_parameters, init_lora
 from jaxtune.memory import check_fits, device_peak, out_of_memory, tree_bytes
-from jaxtune.metrics import MetricsWriter, Progress, format_bytes, host_peak_rss
+from jaxtune.metrics import MetricsWriter, Progress, format_bytes, host_peak_rss, host_rss
 from jaxtune.optim import make_optimizer, make_schedule
 from jaxtune.planning import check_plan
-from jaxtune.preflight import check_devices, check_vocabulary, count_steps, describe_data
+from jaxtune.preflight import check_devices, check_vocabulary, count_steps
+from jaxtune.report import write_report
 from jaxtune.run_directory import Resume, RunDirectory
 from jaxtune.samples import answer, encode_prompt
 from jaxtune.step import batch_sharding, init_state, jit_eval_step, jit_train_step, make_mesh, replicated
 from jaxtune.stopping import StopRequests
 from jaxtune.structure import step_settings
+from jaxtune.trackers import check_installed, open_trackers
 
 __all__ = ["Outcome", "fit", "main", "run", "train"]
 
@@ -56,6 +62,7 @@ class Outcome:
 
 def run(config: RunConfig, *, resume: Resume = False) -> Outcome:
     """`train` with what belongs to a command: the display, and the compile cache, which is the whole process's."""
+    limit_memory(config.train.memory_limit)
     if config.output.compile_cache is not None:
         jax.config.update("jax_compilation_cache_dir", str(Path(config.output.compile_cache).expanduser()))
     with Progress(config.train.logging_steps) as progress:
@@ -76,13 +83,14 @@ def train(config: RunConfig, *, resume: Resume = False, progress: Progress) -> O
         Interrupted: stopped by SIGINT or SIGTERM; what was done is saved.
     """
     check_files(config)
+    check_installed(config.output.report_to)
     check_devices(config.mesh)
+    check_limit(config.train.memory_limit)
     with RunDirectory(config, resume) as directory:
         with progress.phase("find the model"):
             base = find_base(config.model)
         with progress.phase("encode the data"):
-            train_data = build(config.data, base.tokenizer)
-            eval_data = build(config.data, base.tokenizer, "eval") if config.data.eval is not None else None
+            train_data, eval_data = build(config.data, base.tokenizer), eval_sets(config.data, base.tokenizer)
         return fit(config, base, train_data, eval_data, directory=directory, progress=progress)
 
 
@@ -90,7 +98,7 @@ def fit(
     config: RunConfig,
     base: BaseModel,
     train_data: Dataset,
-    eval_data: Dataset | None = None,
+    eval_data: Dataset | Mapping[str, Dataset] | None = None,
     *,
     lora: Any = None,
     directory: RunDirectory,
@@ -100,7 +108,7 @@ def fit(
 
     Args:
         config: adapter, step, loop and output; its model and data were turned into the following.
-        base: what is tuned. train_data, eval_data: on what, and what measures it.
+        base: what is tuned. train_data: on what. eval_data: what measures it, one set or several by name.
         lora: the adapter's tree to start from; None for a new one.
         directory: where the run leaves its files, entered. progress: the display.
 
@@ -110,17 +118,16 @@ def fit(
     settings, decoder, output, checkpoints = config.train, base.decoder, config.output, directory.checkpoints
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     prompts = {prompt: encode_prompt(base.tokenizer, prompt) for prompt in output.sample_prompts}
-    check_vocabulary(train_data, eval_data, prompts, decoder)
-    progress.note(describe_data("train", train_data))
-    if eval_data is not None:
-        progress.note(describe_data("eval", eval_data))
+    held_out_sets = {"eval": eval_data} if isinstance(eval_data, Dataset) else dict(eval_data or {})
+    check_vocabulary([train_data, *held_out_sets.values()], prompts, decoder)
+    described = [describe(name, data) for name, data in {"train": train_data, **held_out_sets}.items()]
+    for text in described:
+        progress.note(text)
     if config.data.max_length > decoder.max_position:
         progress.note(
             f"data.max_length {config.data.max_length} is beyond the model's {decoder.max_position} positions"
         )
-    loader = Loader(
-        train_data.rows, settings.batch_size, settings.gradient_accumulation_steps, settings.seed, config.data.shuffle
-    )
+    loader = Loader(train_data, settings.batch_size, settings.gradient_accumulation_steps, settings.seed)
     total_steps = count_steps(settings, loader)
 
     # Adapter and optimizer, new or from a checkpoint: what forbids to resume also shows before the weights are read.
@@ -128,9 +135,12 @@ def fit(
     lora = init_lora(config.lora, decoder) if lora is None else lora
     state = jax.device_put(init_state(lora, optimizer, settings.seed, base.dtype), replicated(mesh))
     contents = train_data.fingerprint, base.fingerprint, base.dtype.name
-    meta = run_meta(config, *contents)
+    meta, position = run_meta(config, *contents), Position()
     if directory.resumes:
-        state, _ = checkpoints.restore_latest(state, check=lambda meta: check_compatible(meta, config, *contents))
+        state, meta_then = checkpoints.restore_latest(
+            state, check=lambda meta: check_compatible(meta, config, *contents)
+        )
+        position = Position(**meta_then["data_position"])
         progress.note(f"resumed after step {int(state.step)}")
     elif directory.restarts:
         progress.note(f"started again: the start before this one left no checkpoint in {directory.path}")
@@ -139,7 +149,8 @@ def fit(
         raise UserError(f"cannot resume: step {first_step} is done, the run has {total_steps}; raise train.max_steps")
 
     # The frozen model, unless it is known beforehand that it is too large.
-    progress.note(check_plan(config, read_hf_config(base.source)))
+    plan = check_plan(config, read_hf_config(base.source))
+    progress.note(plan.short())
     memory = {"adapter": tree_bytes(state.lora), "optimizer": tree_bytes(state.opt_state)}
     with progress.phase("load the model"), out_of_memory("loading the model", memory, config):
         frozen = jax.device_put(base.load(), replicated(mesh))
@@ -154,7 +165,8 @@ def fit(
         return jax.device_put(batch, batch_sharding(mesh))
 
     step_config = step_settings(config, decoder, base.dtype)
-    batch = place(loader.batch(first_step))
+    host_batch, after_batch = next(loader.batches(position))
+    batch = place(host_batch)
     with progress.phase("compile the step"), out_of_memory("compiling the step", memory, config):
         jitted: Any = jit_train_step(optimizer, step_config, mesh)
         step = jitted.lower(state, frozen, batch).compile()
@@ -163,10 +175,8 @@ def fit(
     progress.note(f"one step holds {format_bytes(step_bytes)} beside weights and state")
     eval_step = jit_eval_step(step_config, mesh)
 
-    def evaluate() -> float | None:
-        if eval_data is None:
-            return None
-        return held_out_loss(eval_data, settings.batch_size, place, eval_step, state.lora, frozen)
+    def evaluate() -> dict[str, float]:
+        return held_out(held_out_sets, settings.batch_size, place, eval_step, state.lora, frozen)
 
     def sample(when: str) -> None:
         for prompt, ids in prompts.items():
@@ -179,25 +189,29 @@ def fit(
     def save() -> None:
         nonlocal saved_step
         if int(state.step) != saved_step:
-            checkpoints.save(int(state.step), state, meta)
+            checkpoints.save(int(state.step), state, {**meta, "data_position": dataclasses.asdict(position)})
             saved_step = int(state.step)
 
     # The loop.
     directory.start()
+    trackers = open_trackers(output.report_to, directory.path, to_dict(config))
     with (
-        MetricsWriter(directory.metrics, resumed_step=first_step if directory.resumes else None) as metrics,
+        MetricsWriter(directory.metrics, first_step if directory.resumes else None, trackers) as metrics,
         out_of_memory("training", memory, config),
         StopRequests() as stop,
+        Prefetch(loader.batches(after_batch)) as batches,
     ):
         seconds = {name.replace(" ", "_") + "_seconds": value for name, value in progress.phases.items()}
         metrics.write(first_step, **seconds, step_temporary_bytes=step_bytes, frozen_bytes=frozen_bytes)
+        metrics.write(first_step, data=described, versions={"device": plan.device.kind, **versions()})
         eval_loss = None
         if first_step == 0:
             sample("before")
-            if eval_data is not None:
+            if held_out_sets:
                 with progress.phase("measure the held-out loss"):
-                    eval_loss = evaluate()
-                metrics.write(0, eval_loss=eval_loss)
+                    measured = evaluate()
+                metrics.write(0, **measured)
+                eval_loss = measured["eval_loss"]
                 progress.note(f"held-out loss before training: {eval_loss:.4f}")
         first_eval_loss, tokens, elapsed_total = eval_loss, 0, 0.0
         progress.start(total_steps, first_step)
@@ -207,17 +221,21 @@ def fit(
                 raise stop.interrupted(int(state.step), total_steps)
             started = time.perf_counter()
             state, scalars = step(state, frozen, batch)
-            batch_tokens = int(np.count_nonzero(batch["segment_ids"]))
+            batch_tokens, position = int(np.count_nonzero(host_batch["segment_ids"])), after_batch
             if done < total_steps:
-                batch = place(loader.batch(done))
+                host_batch, after_batch = next(batches)
+                batch = place(host_batch)
             values: dict[str, Any] = {name: float(value) for name, value in scalars.items()}
             elapsed = time.perf_counter() - started
             tokens, elapsed_total = tokens + batch_tokens, elapsed_total + elapsed
             values |= {"learning_rate": float(schedule(done - 1)), "device_bytes": device_peak()}
-            values |= {"step_seconds": elapsed, "tokens_per_second": batch_tokens / elapsed}
+            values |= {"step_seconds": elapsed, "tokens_per_second": batch_tokens / elapsed, "host_bytes": host_rss()}
+            if plan.mfu_flops is not None:
+                values["mfu"] = plan.useful_flops / elapsed / plan.mfu_flops
             due = settings.eval_steps is not None and done % settings.eval_steps == 0
-            if eval_data is not None and (due or done == total_steps):
-                values["eval_loss"] = eval_loss = evaluate()
+            if held_out_sets and (due or done == total_steps):
+                values |= evaluate()
+                eval_loss = values["eval_loss"]
             metrics.write(done, **values)
             progress.update(done, values)
             _check_finite(done, values, checkpoints)
@@ -238,6 +256,7 @@ def fit(
             "peak memory": f"device {format_bytes(device_peak() or 0)}, host {format_bytes(host_peak_rss())}",
             "adapter": str(adapter),
             "metrics": str(directory.metrics),
+            "report": str(write_report(directory.path)),
         }
     )
     return Outcome(adapter, state.lora, int(state.step), eval_loss)

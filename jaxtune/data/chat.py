@@ -34,8 +34,6 @@ class ChatRenderer:
     Learnt of an assistant's turn is what the model would have to write itself: all that the template writes after the
     generation prompt, up to and with the end of the turn. Where a template has {% generation %} blocks, these say it.
 
-    altered: conversations in which the template has left out or rewritten a message's text, as some do with reasoning.
-
     Raises:
         UserError: the tokenizer has no chat template, or one that cannot serve.
     """
@@ -45,19 +43,19 @@ class ChatRenderer:
         variables = {**tokenizer.special_tokens_map, **(config.template_variables or {})}
         self.template = ChatTemplate(source, variables, datetime.date.fromisoformat(config.template_date))
         self.train_on = config.train_on
-        self.altered = 0
         self.header = self.end = ""
         if self.train_on != "all" and not self.template.has_generation_blocks:
             self.header, self.end = self._probe()
 
-    def render(self, chat: Chat, at: str) -> tuple[str, list[WeightedSpan]]:
-        """The text, and the spans of it that have a weight in the loss, of which a later one overrides an earlier.
+    def render(self, chat: Chat, at: str) -> tuple[str, list[WeightedSpan], bool]:
+        """The text; the spans of it with a weight in the loss, of which a later one overrides an earlier; and whether
+        the template has left out or rewritten text of a message, as some do with earlier reasoning.
 
         Raises:
             UserError: the template refuses the conversation, or leaves something of it out.
         """
         rendered = self._render(chat.messages, chat.tools, at)
-        self._check(chat, rendered, at)
+        altered = self._check(chat, rendered, at)
         spans: list[WeightedSpan] = [(0, len(rendered.text), 1.0)] if self.train_on == "all" else []
         answers = [i for i, message in enumerate(chat.messages) if message["role"] == "assistant"]
         for i, weight in enumerate(chat.weights):
@@ -65,7 +63,7 @@ class ChatRenderer:
             if weight is not None or usual:
                 value = 1.0 if weight is None else weight
                 spans += [(start, stop, value) for start, stop in self._learnt(chat, rendered, i, at)]
-        return rendered.text, spans
+        return rendered.text, spans, altered
 
     def _render(
         self, messages: Sequence[Message], tools: Any, at: str, add_generation_prompt: bool = False
@@ -80,8 +78,8 @@ class ChatRenderer:
                 "template"
             ) from error
 
-    def _check(self, chat: Chat, rendered: Rendered, at: str) -> None:
-        """Nothing of the conversation may be lost without a word."""
+    def _check(self, chat: Chat, rendered: Rendered, at: str) -> bool:
+        """Nothing of the conversation may be lost without a word; whether some text is not as it was."""
         text = rendered.text
         for tool in chat.tools or ():
             name = tool["function"].get("name")
@@ -108,7 +106,7 @@ class ChatRenderer:
                     f"{at}: turn {i + 1} holds {self.end!r}, by which the chat template ends a turn: remove that "
                     "marker from the content, since the template writes it"
                 )
-        self.altered += altered
+        return altered
 
     def _learnt(self, chat: Chat, rendered: Rendered, i: int, at: str) -> list[Span]:
         """What of the text is message i's own: without the header that the generation prompt gives."""

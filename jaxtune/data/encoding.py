@@ -85,9 +85,8 @@ class Encoder:
         """
         for chunk in _chunks(self._read(records, form, tally)):
             yield from self._tokenize(chunk)
-        if self._renderer is not None:
-            tally.altered = self._renderer.altered
-            tally.date = self.config.template_date if self._renderer.template.asked_date else None
+        if self._renderer is not None and self._renderer.template.asked_date:
+            tally.date = self.config.template_date
 
     def _read(self, records: Records, form: Form, tally: Tally) -> Iterator[_Read]:
         for number, record in enumerate(records, 1):
@@ -96,7 +95,7 @@ class Encoder:
             try:
                 if isinstance(record, Unreadable):
                     raise UserError(f"{at}: {record.reason}")
-                yield self._spans(read_record(record, form, self.config, at), number, at)
+                yield self._spans(read_record(record, form, self.config, at), number, at, tally)
             except UserError as error:
                 self._bad(error, tally)
 
@@ -106,7 +105,7 @@ class Encoder:
         tally.bad += 1
         tally.examples += [str(error)][: _EXAMPLES - len(tally.examples)]
 
-    def _spans(self, sample: Chat | Text | Tokens, number: int, at: str) -> _Read:
+    def _spans(self, sample: Chat | Text | Tokens, number: int, at: str, tally: Tally) -> _Read:
         if isinstance(sample, Tokens):
             size = len(self.tokenizer)
             if wrong := [token for token in sample.ids if not 0 <= token < size]:
@@ -115,7 +114,8 @@ class Encoder:
         if isinstance(sample, Chat):
             if self._renderer is None:
                 self._renderer = ChatRenderer(self.tokenizer, self.config)
-            text, spans = self._renderer.render(sample, at)
+            text, spans, altered = self._renderer.render(sample, at)
+            tally.altered += altered
         else:
             text = sample.prompt + sample.response
             learnt_from = 0 if self.config.train_on == "all" else len(sample.prompt)

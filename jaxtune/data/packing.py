@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from jaxtyping import Float32, Int, Int32
@@ -13,64 +13,71 @@ from jaxtune.data.encoding import Document
 
 Batch = dict[str, np.ndarray]
 
+# Documents among which a row's are chosen. More fills no better, and takes longer before the first row is known.
+WINDOW = 8192
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Rows:
-    """Rows of T tokens; padding is 0 in every array.
 
-    targets: the next token of the same document. loss_weights: that target's weight in the loss.
-    positions: from 0 in each document. segment_ids: 1, 2, ... along a row; 0 is padding.
-    """
+class Documents:
+    """Documents laid end to end in two arrays, which cost 8 bytes a token."""
 
-    tokens: Int32[np.ndarray, "rows T"]
-    targets: Int32[np.ndarray, "rows T"]
-    loss_weights: Float32[np.ndarray, "rows T"]
-    positions: Int32[np.ndarray, "rows T"]
-    segment_ids: Int32[np.ndarray, "rows T"]
+    def __init__(self, documents: Iterable[Document]) -> None:
+        listed = list(documents)
+        empty = [np.zeros(0)]
+        self.tokens: Int32[np.ndarray, " n"] = np.concatenate([d.tokens for d in listed] or empty, dtype=np.int32)
+        self.weights: Float32[np.ndarray, " n"] = np.concatenate([d.weights for d in listed] or empty, dtype=np.float32)
+        self.lengths: Int[np.ndarray, " documents"] = np.array([len(d.tokens) for d in listed], np.int64)
+        self.starts: Int[np.ndarray, " documents"] = np.cumsum(self.lengths) - self.lengths
 
     def __len__(self) -> int:
-        return len(self.tokens)
+        return len(self.lengths)
 
-    def take(self, indices: Int[np.ndarray, " ..."]) -> Batch:
-        """The rows of the given numbers, by field name, each [..., T]."""
-        return {field.name: getattr(self, field.name)[indices] for field in dataclasses.fields(self)}
+    def __getitem__(self, index: int) -> Document:
+        place = slice(self.starts[index], self.starts[index] + self.lengths[index])
+        return Document(self.tokens[place], self.weights[place])
 
 
-def pack(documents: Sequence[Document], max_length: int, packing: bool) -> Rows:
-    """Documents, each of 1 to max_length tokens, in as few rows of max_length as best fit finds; or one in each row.
+@dataclasses.dataclass(frozen=True, eq=False)
+class RowPlan:
+    """Which documents stand in which row: row r has documents[starts[r] : starts[r + 1]], in that order."""
 
-    Deterministic. Rows come in the order of their first documents, and a row's documents in their own order.
+    documents: Int[np.ndarray, " documents"]
+    starts: Int[np.ndarray, " rows_and_1"]
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def row(self, index: int) -> list[int]:
+        """The documents of one row."""
+        return self.documents[self.starts[index] : self.starts[index + 1]].tolist()
+
+    def reordered(self, order: Int[np.ndarray, " rows"]) -> RowPlan:
+        """The same rows in another order."""
+        counts = np.diff(self.starts)[order]
+        starts = np.concatenate([[0], np.cumsum(counts)])
+        within = np.arange(starts[-1]) - np.repeat(starts[:-1], counts)
+        return RowPlan(self.documents[np.repeat(self.starts[order], counts) + within], starts)
+
+
+def plan_rows(
+    lengths: Int[np.ndarray, " documents"], order: Int[np.ndarray, " chosen"], capacity: int, packing: bool
+) -> RowPlan:
+    """Documents, taken in the given order, in as few rows as best fit finds; or one in each row.
+
+    lengths: of all documents, each of 1 to capacity tokens. order: which of them, and a document may come twice.
+    Rows come in the order of their first documents, and a row's documents in their own order.
     """
-    lengths = np.array([len(document.tokens) for document in documents], np.int64)
-    assert 0 < lengths.min() <= lengths.max() <= max_length
-    row = assign_rows(lengths, max_length) if packing else np.arange(len(lengths))
-    order = np.argsort(row, kind="stable")
-    row, lengths = row[order], lengths[order]
-
-    # Of each document: where it begins in all tokens laid end to end, the first document of its row, its column there.
-    begins = np.cumsum(lengths) - lengths
-    first = np.searchsorted(row, row)
-    column = begins - begins[first]
-    segment = np.arange(len(row)) - first + 1
-
-    tokens = np.concatenate([documents[i].tokens for i in order])
-    weights = np.concatenate([documents[i].weights for i in order])
-    followed = np.ones(len(tokens), bool)
-    followed[begins + lengths - 1] = False
-    place = np.repeat(row * max_length + column - begins, lengths) + np.arange(len(tokens))
-
-    def spread(values: np.ndarray, dtype: type[np.generic]) -> np.ndarray:
-        out = np.zeros((int(row[-1]) + 1, max_length), dtype)
-        out.reshape(-1)[place] = values
-        return out
-
-    return Rows(
-        tokens=spread(tokens, np.int32),
-        targets=spread(np.where(followed, np.roll(tokens, -1), 0), np.int32),
-        loss_weights=spread(np.where(followed, np.roll(weights, -1), 0), np.float32),
-        positions=spread(np.arange(len(tokens)) - np.repeat(begins, lengths), np.int32),
-        segment_ids=spread(np.repeat(segment, lengths), np.int32),
-    )
+    taken = lengths[order]
+    assert not len(taken) or 0 < taken.min() <= taken.max() <= capacity
+    if not packing:
+        return RowPlan(order, np.arange(len(order) + 1))
+    rows = np.empty(len(order), np.int64)
+    count = 0
+    for start in range(0, len(order), WINDOW):
+        window = slice(start, start + WINDOW)
+        rows[window] = count + assign_rows(taken[window], capacity)
+        count = int(rows[window].max()) + 1
+    starts = np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=count))])
+    return RowPlan(order[np.argsort(rows, kind="stable")], starts)
 
 
 def assign_rows(lengths: Int[np.ndarray, " documents"], capacity: int) -> Int[np.ndarray, " documents"]:
@@ -92,3 +99,26 @@ def assign_rows(lengths: Int[np.ndarray, " documents"], capacity: int) -> Int[np
     first = np.full(count, len(lengths))
     np.minimum.at(first, rows, np.arange(len(lengths)))
     return np.argsort(np.argsort(first))[rows]
+
+
+def lay_out(documents: Documents, rows: Sequence[Sequence[int]], capacity: int) -> Batch:
+    """The arrays of rows of documents, each [rows, capacity]; padding is 0 in every one.
+
+    tokens, int32. targets, int32: the next token of the same document. loss_weights, float32: that target's weight.
+    positions, int32: from 0 in each document. segment_ids, int32: 1, 2, ... along a row; 0 is padding.
+    """
+    shape = len(rows), capacity
+    batch: Batch = {name: np.zeros(shape, np.int32) for name in ("tokens", "targets", "positions", "segment_ids")}
+    batch["loss_weights"] = np.zeros(shape, np.float32)
+    for row, members in enumerate(rows):
+        start = 0
+        for segment, index in enumerate(members, 1):
+            document = documents[index]
+            stop = start + len(document.tokens)
+            batch["tokens"][row, start:stop] = document.tokens
+            batch["targets"][row, start : stop - 1] = document.tokens[1:]
+            batch["loss_weights"][row, start : stop - 1] = document.weights[1:]
+            batch["positions"][row, start:stop] = np.arange(stop - start)
+            batch["segment_ids"][row, start:stop] = segment
+            start = stop
+    return batch

@@ -11,7 +11,7 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from jaxtune.config import DataConfig
-from jaxtune.data.loader import build
+from jaxtune.data.dataset import build
 
 HERE = pathlib.Path(__file__).parents[2] / "configs" / "data"
 TRAIN, EVAL = (HERE / f"python_stdlib.{split}.jsonl" for split in ("train", "eval"))
@@ -42,9 +42,7 @@ def test_licence_goes_with_it() -> None:
 def test_documents_are_short(smollm2: PreTrainedTokenizerBase) -> None:
     for split in ("train", "eval"):
         config = DataConfig(train=str(TRAIN), eval=str(EVAL), max_length=480, packing=False)
-        rows = build(config, smollm2, split).rows
-        lengths = (rows.segment_ids > 0).sum(axis=1)
-        assert (lengths < 256).mean() > 0.98
+        assert (build(config, smollm2, split).documents.lengths < 256).mean() > 0.98
 
 
 @pytest.mark.skipif(sys.version_info[:3] != (3, 11, 7), reason="the records are those of Python 3.11.7")

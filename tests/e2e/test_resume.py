@@ -114,6 +114,7 @@ def test_run_at_a_constant_rate_is_prolonged_bit_for_bit(write_run: WriteRun, tm
     assert_same_end(tmp_path / "out", tmp_path / "short", step=4)
     losses = [[record for record in computed(tmp_path / name) if "loss" in record] for name in ("out", "short")]
     assert losses[1][1].pop("eval_loss") > 0  # at the end of the short run
+    assert losses[1][1].pop("eval_perplexity") > 1
     assert losses[0] == losses[1]
 
     # What is finished can be exported again, which records nothing, and cannot be cut.

@@ -1,0 +1,74 @@
+"""What a run says of its data before it starts."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from jaxtune.data.dataset import Dataset, Source
+
+_BAR = "▏▎▍▌▋▊▉█"
+_BAR_WIDTH = 30
+
+
+def describe(name: str, data: Dataset) -> str:
+    """Some lines: what was recognised, what is learnt, how long the documents are, and what became of the others."""
+    s = data.statistics
+    left_out = _listed(
+        (s.bad, "bad"),
+        (s.truncated, "truncated"),
+        (s.dropped, "dropped as too long"),
+        (s.split, "split"),
+        (s.unlearnt, "unlearnt"),
+        (s.duplicates, "duplicates kept"),
+        (s.altered, "altered by the chat template"),
+    )
+    lines = [
+        f"{name}: {s.documents:,} documents of {s.records:,} records{f' ({left_out})' if left_out else ''}, "
+        f"{s.tokens:,} tokens ({s.learnt_tokens:,} learnt, {s.learnt_tokens / s.tokens:.1%}) in {s.rows:,} rows, "
+        f"{s.fill:.1%} full"
+    ]
+    lines += [line for source in data.sources for line in _describe_source(source)]
+    lengths = data.documents.lengths
+    quantiles = [int(x) for x in np.quantile(lengths, [0.5, 0.9, 0.99], method="inverted_cdf")]
+    lines.append(
+        "  lengths: median {}, 90 % up to {}, 99 % up to {}, longest {}".format(*quantiles, int(lengths.max()))
+    )
+    return "\n".join(lines)
+
+
+def histogram(data: Dataset) -> list[tuple[int, int]]:
+    """Numbers of documents by length: pairs of an upper limit, a power of two, and the documents up to it and beyond
+    the limit before."""
+    powers = np.ceil(np.log2(data.documents.lengths)).astype(int)
+    counts = np.bincount(powers)
+    return [(1 << power, int(counts[power])) for power in range(powers.min(), len(counts))]
+
+
+def draw_histogram(data: Dataset) -> str:
+    """The histogram as lines with bars."""
+    bars = histogram(data)
+    most = max(count for _, count in bars)
+    lines = []
+    for limit, count in bars:
+        eighths = round(8 * _BAR_WIDTH * count / most)
+        bar = _BAR[-1] * (eighths // 8) + (_BAR[eighths % 8 - 1] if eighths % 8 else "")
+        lines.append(f"  up to {limit:>7,} tokens {count:>9,} {bar}")
+    return "\n".join(lines)
+
+
+def _describe_source(source: Source) -> list[str]:
+    times = "" if source.weight == 1 else f", {source.weight:g} times an epoch"
+    lines = [f"  {source.name}: form {source.form}, {source.stop - source.start:,} documents{times}"]
+    if source.tally.date is not None:
+        lines.append(
+            f"  the chat template asks for today's date and is given {source.tally.date} (data.template_date), so that "
+            "the data are the same on every day"
+        )
+    lines += [f"  passed over: {example}" for example in source.tally.examples]
+    if (more := source.tally.bad - len(source.tally.examples)) > 0:
+        lines.append(f"  and {more:,} more")
+    return lines
+
+
+def _listed(*counts: tuple[int, str]) -> str:
+    return ", ".join(f"{count:,} {what}" for count, what in counts if count)
