@@ -33,21 +33,25 @@ class Widths:
     keys: float
 
 
-# What a layer keeps for its backward pass: with "none" the inputs of every op.
+# What a layer keeps for its backward pass: with "none" the inputs of every op that is not made again.
 _KEPT = {
     "none": Widths(mlp=3.0, model=4.5, queries=2.0, keys=2.0),
     "full": Widths(mlp=0.0, model=1.0, queries=0.0, keys=0.0),
     "offload": Widths(mlp=0.0, model=0.0, queries=0.0, keys=0.0),
 }
 POLICIES = tuple(_KEPT)
+# The same of "none" where the fused blocks run (norm_linear, glu_linear): they make their norms and units again.
+_KEPT_FUSED = Widths(mlp=2.0, model=2.6, queries=2.0, keys=2.0)
+_FUSED_CAPABILITY = 8.0
 # What exists at once while one layer is differentiated: where it is computed again first, and where all was kept.
 _LAYER_RECOMPUTED = Widths(mlp=6.0, model=5.6, queries=1.0, keys=2.4)
 _LAYER_KEPT = Widths(mlp=2.6, model=0.0, queries=0.0, keys=0.0)
+_LAYER_KEPT_FUSED = Widths(mlp=1.0, model=0.0, queries=0.0, keys=0.0)
 # 16-bit weights at once: the widest ones of a layer, or whole layers where layers are unrolled.
 _DECODED_WEIGHTS = 2.0
 _DECODED_LAYERS_UNROLLED = 8.0
 # Gradients, and what the optimizer makes of them before the adapter is written.
-_UPDATE = 1.75
+_UPDATE = 1.25
 # Queries at a time of the attention that runs without cuDNN, and the largest mask that cuDNN is given.
 _ATTENTION_SLICE = 512
 _MASK_BUDGET_BYTES = 512 * 2**20
@@ -155,25 +159,31 @@ def estimate_memory(config: RunConfig, model: Model, device: Device, dtype: str,
         elements = widths.mlp * decoder.intermediate_size + widths.model * decoder.hidden_size
         return int(size * tokens * (elements + widths.queries * heads[0] + widths.keys * heads[1]))
 
-    # In the adapter's dtype; their sums over micro-batches, and what the optimizer takes, are float32.
+    fused = model.packed and device.capability is not None and device.capability >= _FUSED_CAPABILITY
+    # In the adapter's dtype; their sums over micro-batches, and what the optimizer takes, are float32. Fused layers that
+    # keep everything are fullest before the first of them is differentiated.
+    gradients = model.adapters // (decoder.num_layers if policy == "none" and fused else 1)
     sums = 4 * model.trainable if config.train.gradient_accumulation_steps > 1 else 0
-    layer = bytes_of(_LAYER_KEPT if policy == "none" else _LAYER_RECOMPUTED)
+    layer_kept = _LAYER_KEPT_FUSED if fused else _LAYER_KEPT
+    layer = bytes_of(layer_kept if policy == "none" else _LAYER_RECOMPUTED)
     layer += _attention_scratch(config, decoder, device, rows)
-    kept = decoder.num_layers * bytes_of(_KEPT[policy])
+    kept = decoder.num_layers * bytes_of(_KEPT_FUSED if policy == "none" and fused else _KEPT[policy])
     if config.lora.lora_dropout > 0:
         # The mask of the widest input, a byte an element, and the random bits that it is made of.
         layer += 5 * tokens * decoder.intermediate_size
         if policy == "none":
+            # XLA finds the masks of both passes equal and keeps them; fused blocks leave it more than the mask itself.
             inputs = sum(into for _, into in decoder.linear_shapes().values())
-            kept += decoder.num_layers * tokens * inputs
-    decoded_elements = _DECODED_LAYERS_UNROLLED * model.linears if policy == "none" else _DECODED_WEIGHTS * model.widest
+            kept += decoder.num_layers * tokens * inputs * (3 if fused else 1)
+    unrolled = policy == "none" and not fused
+    decoded_elements = _DECODED_LAYERS_UNROLLED * model.linears if unrolled else _DECODED_WEIGHTS * model.widest
     chunk = min(tokens, config.train.loss_chunk or chunk_tokens(decoder.vocab_size))
     offloaded = decoder.num_layers * size * tokens * decoder.hidden_size if policy == "offload" else 0
     return Memory(
         weights=model.weights,
         adapters=model.adapters,
         optimizer=model.optimizer,
-        gradients=model.adapters + sums,
+        gradients=gradients + sums,
         kept=kept,
         layer=layer,
         decoded=int(size * decoded_elements) if model.packed else 0,
