@@ -11,12 +11,14 @@ has the comparison). A device at hand should be compiled for instead.
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 from jaxtune.config import RunConfig
 from jaxtune.devices import Device
 from jaxtune.loading import resolve_dtype
 from jaxtune.models.config import DecoderConfig
+from jaxtune.remat import POLICIES, UNROLLED
 from jaxtune.structure import frozen_structure, state_structure, tree_bytes
 from pallas_kernels.cross_entropy import chunk_tokens
 
@@ -36,12 +38,15 @@ class Widths:
 # What a layer keeps for its backward pass: with "none" the inputs of every op that is not made again.
 _KEPT = {
     "none": Widths(mlp=3.0, model=4.5, queries=2.0, keys=2.0),
+    "selective": Widths(mlp=0.0, model=2.0, queries=2.0, keys=2.0),
     "full": Widths(mlp=0.0, model=1.0, queries=0.0, keys=0.0),
     "offload": Widths(mlp=0.0, model=0.0, queries=0.0, keys=0.0),
 }
-POLICIES = tuple(_KEPT)
-# The same of "none" where the fused blocks run (norm_linear, glu_linear): they make their norms and units again.
-_KEPT_FUSED = Widths(mlp=2.0, model=2.6, queries=2.0, keys=2.0)
+# The same where the fused blocks run (norm_linear, glu_linear): they make their norms and units again.
+_KEPT_FUSED = _KEPT | {
+    "none": Widths(mlp=2.0, model=2.6, queries=2.0, keys=2.0),
+    "selective": Widths(mlp=0.0, model=2.6, queries=2.0, keys=2.0),
+}
 _FUSED_CAPABILITY = 8.0
 # What exists at once while one layer is differentiated: where it is computed again first, and where all was kept.
 _LAYER_RECOMPUTED = Widths(mlp=6.0, model=5.6, queries=1.0, keys=2.4)
@@ -148,7 +153,8 @@ def measure_model(config: RunConfig, hf_config: dict[str, Any], dtype: str) -> M
 
 
 def estimate_memory(config: RunConfig, model: Model, device: Device, dtype: str, policy: str) -> Memory:
-    """The memory of one step under a policy of `POLICIES`."""
+    """The memory of one step under a policy of `remat.POLICIES`."""
+    assert policy in POLICIES, policy
     decoder, size = model.decoder, _SIZES[dtype]
     rows = config.train.batch_size // (config.mesh.data * config.mesh.fsdp)
     length = config.data.max_length
@@ -160,14 +166,15 @@ def estimate_memory(config: RunConfig, model: Model, device: Device, dtype: str,
         return int(size * tokens * (elements + widths.queries * heads[0] + widths.keys * heads[1]))
 
     fused = model.packed and device.capability is not None and device.capability >= _FUSED_CAPABILITY
-    # In the adapter's dtype; their sums over micro-batches, and what the optimizer takes, are float32. Fused layers that
-    # keep everything are fullest before the first of them is differentiated.
-    gradients = model.adapters // (decoder.num_layers if policy == "none" and fused else 1)
+    unrolled = policy in UNROLLED and device.capability is not None
+    # In the adapter's dtype; their sums over micro-batches, and what the optimizer takes, are float32. Unrolled layers
+    # are fullest before the first of them is differentiated.
+    gradients = model.adapters // (decoder.num_layers if unrolled and fused else 1)
     sums = 4 * model.trainable if config.train.gradient_accumulation_steps > 1 else 0
     layer_kept = _LAYER_KEPT_FUSED if fused else _LAYER_KEPT
     layer = bytes_of(layer_kept if policy == "none" else _LAYER_RECOMPUTED)
     layer += _attention_scratch(config, decoder, device, rows)
-    kept = decoder.num_layers * bytes_of(_KEPT_FUSED if policy == "none" and fused else _KEPT[policy])
+    kept = decoder.num_layers * bytes_of((_KEPT_FUSED if fused else _KEPT)[policy])
     if config.lora.lora_dropout > 0:
         # The mask of the widest input, a byte an element, and the random bits that it is made of.
         layer += 5 * tokens * decoder.intermediate_size
@@ -175,8 +182,8 @@ def estimate_memory(config: RunConfig, model: Model, device: Device, dtype: str,
             # XLA finds the masks of both passes equal and keeps them; fused blocks leave it more than the mask itself.
             inputs = sum(into for _, into in decoder.linear_shapes().values())
             kept += decoder.num_layers * tokens * inputs * (3 if fused else 1)
-    unrolled = policy == "none" and not fused
-    decoded_elements = _DECODED_LAYERS_UNROLLED * model.linears if unrolled else _DECODED_WEIGHTS * model.widest
+    several = unrolled and not fused
+    decoded_elements = _DECODED_LAYERS_UNROLLED * model.linears if several else _DECODED_WEIGHTS * model.widest
     chunk = min(tokens, config.train.loss_chunk or chunk_tokens(decoder.vocab_size))
     offloaded = decoder.num_layers * size * tokens * decoder.hidden_size if policy == "offload" else 0
     return Memory(
@@ -207,14 +214,16 @@ def step_flops(config: RunConfig, model: Model, policy: str) -> float:
     """Floating-point operations of one update, every place of every row counted.
 
     Forward and backward pass of the frozen linears (4 for each weight and token: no gradient of the weight is made), of
-    the adapters (6), of causal attention and of the head; where layers are computed again, their forward pass twice.
+    the adapters (6), of causal attention and of the head; what a policy computes again, twice.
     """
     decoder, train = model.decoder, config.train
     tokens = train.batch_size * train.gradient_accumulation_steps * config.data.max_length
     forward = 2 * decoder.num_layers * model.linears + 2 * model.trainable
     attention = 2 * decoder.num_layers * config.data.max_length * decoder.num_heads * decoder.head_dim
     head = 4 * decoder.vocab_size * decoder.hidden_size
-    again = 0 if policy == "none" else forward + attention
+    shapes = decoder.linear_shapes()
+    gate_up = 2 * decoder.num_layers * sum(math.prod(shapes[name]) for name in ("gate_proj", "up_proj"))
+    again = {"none": 0, "selective": gate_up}.get(policy, forward + attention)
     return tokens * (2 * forward + 2 * model.trainable + 3.5 * attention + head + again)
 
 

@@ -114,7 +114,9 @@ def check_implementations(device: Device) -> Check:
     config, dtype = qlora_run(4, 2048), resolve_dtype(device.compute_dtype)
     decoder = DecoderConfig.from_hf(LLAMA_3_8B)
     step = partial(
-        train_step, optimizer=make_optimizer(config.train, 1000), config=step_settings(config, decoder, dtype)
+        train_step,
+        optimizer=make_optimizer(config.train, 1000),
+        config=step_settings(config, decoder, dtype, config.train.remat),
     )
     arguments = state_structure(config, decoder, dtype), frozen_structure(LLAMA_3_8B, config.model, dtype)
     with assume_capability(device.capability), record_choices(trace_as="xla") as choices:
@@ -149,7 +151,7 @@ def check_step(device: Device) -> Check:
     }
 
     def outcome(weights: Any, compute: Any) -> Any:
-        settings = step_settings(config, decoder, jnp.dtype(compute))
+        settings = step_settings(config, decoder, jnp.dtype(compute), config.train.remat)
         step = jax.jit(lambda lora, weights: accumulate(lora, weights, batch, settings, None, 1.0))
         return jax.device_get(step(lora, weights))
 
@@ -173,7 +175,7 @@ def check_large_step(device: Device) -> Check:
     if device.capability is None or not plan.fits:
         return planned_step(plan)
     dtype = resolve_dtype(plan.dtype)
-    compiled = compile_step(config, LLAMA_3_8B, dtype)
+    compiled = compile_step(config, LLAMA_3_8B, dtype, plan.policy)
     frozen = random_arrays(frozen_structure(LLAMA_3_8B, config.model, dtype), seed=1)
     state = random_arrays(state_structure(config, plan.model.decoder, dtype), seed=2)
     batch = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), batch_structure(config))

@@ -30,10 +30,15 @@ def device_limit() -> int | None:
     return stats.get("bytes_limit") if stats else None
 
 
+def fits(components: Mapping[str, int]) -> bool:
+    """Whether the device has as much as the components take together; true where its limit is not known."""
+    limit = device_limit()
+    return limit is None or sum(components.values()) <= limit
+
+
 def check_fits(components: Mapping[str, int], config: RunConfig) -> None:
     """Raise UserError, before the first step, where the components together are more than the device has."""
-    limit = device_limit()
-    if limit is not None and sum(components.values()) > limit:
+    if not fits(components):
         raise UserError(_report("the run does not fit the device", components, config))
 
 
@@ -55,9 +60,9 @@ def _report(what: str, components: Mapping[str, int], config: RunConfig) -> str:
     head = "Known so far" if limit is None else f"Of {format_bytes(limit)} that the device gives"
     train, data = config.train, config.data
     remedies = []
-    if train.remat == "none":
-        remedies.append("set train.remat to full or offload (now none)")
-    elif train.remat != "offload":
+    if train.remat in ("none", "selective"):
+        remedies.append(f"set train.remat to full or offload (now {train.remat})")
+    elif train.remat == "full":
         remedies.append(f"set train.remat to offload (now {train.remat})")
     if train.batch_size > config.mesh.data:
         remedies.append(

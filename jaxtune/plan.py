@@ -18,7 +18,7 @@ from rich.table import Table
 
 from jaxtune.config import RunConfig
 from jaxtune.config_io import check_files, load_config, local_path
-from jaxtune.data.loader import build
+from jaxtune.data.dataset import build
 from jaxtune.devices import SHEETS, sheet, this_device
 from jaxtune.errors import UserError
 from jaxtune.loading import find_hf_config, load_tokenizer, resolve_source

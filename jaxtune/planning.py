@@ -10,13 +10,16 @@ from typing import Any
 from jaxtune.config import RunConfig
 from jaxtune.devices import SHEETS, Device, this_device
 from jaxtune.errors import UserError
-from jaxtune.estimate import POLICIES, Memory, Model, estimate_memory, largest, measure_model, step_flops, step_seconds
+from jaxtune.estimate import Memory, Model, estimate_memory, largest, measure_model, step_flops, step_seconds
 from jaxtune.loading import resolve_dtype
 from jaxtune.metrics import format_bytes
+from jaxtune.remat import POLICIES
 from jaxtune.structure import compile_step, step_bytes
 
 # An estimate that is this much above what the device has is refused without compiling; closer ones are compiled first.
 _SURELY_TOO_MUCH = 1.25
+# With `remat: auto` a policy is worth compiling where its estimate is this much above what the device has, at most.
+_WORTH_COMPILING = 1.08
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,9 +42,10 @@ class Reach:
 class Plan:
     """What a run would take of a device.
 
-    dtype, policy: what `auto` in the configuration comes to there. memory: of a step. steps: of the run, or None where
-    the data were not counted. seconds, flops: of one update, estimated. reaches: every policy on this device. cards:
-    every policy on common cards.
+    dtype, policy: what `auto` in the configuration comes to there. candidates: the policies to compile one after
+    another until one fits; the run's own where it names one. memory: of a step. steps: of the run, or None where the
+    data were not counted. seconds, flops: of one update, estimated. reaches: every policy on this device. cards: every
+    policy on common cards.
     """
 
     config: RunConfig
@@ -49,6 +53,7 @@ class Plan:
     device: Device
     dtype: str
     policy: str
+    candidates: tuple[str, ...]
     memory: Memory
     steps: int | None
     seconds: float
@@ -71,6 +76,20 @@ class Plan:
         """Places in the rows of one update."""
         train = self.config.train
         return train.batch_size * train.gradient_accumulation_steps * self.config.data.max_length
+
+    @property
+    def mfu_flops(self) -> float | None:
+        """What 100 % of MFU is, operations a second of all devices; None on a CPU."""
+        mesh = self.config.mesh
+        return None if self.device.capability is None else self.device.flops * mesh.data * mesh.fsdp * mesh.tensor
+
+    def short(self) -> str:
+        """One line, for the start of a run."""
+        return (
+            f"plan: {format_bytes(self.memory.resident)} of weights and state, about "
+            f"{format_bytes(self.memory.peak)} in a step with remat {self.policy}; {self.device.kind} has "
+            f"{format_bytes(self.device.usable)}"
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Plain values: bytes, seconds, counts."""
@@ -131,12 +150,12 @@ def make_plan(
     """
     dtype = _dtype(config, device)
     model = measure_model(config, hf_config, dtype)
-    policy = _policy(config, model, device, dtype)
+    candidates = _candidates(config, model, device, dtype)
+    fitting = (p for p in candidates if estimate_memory(config, model, device, dtype, p).fits(device))
+    policy = next(fitting, candidates[-1])
     memory = estimate_memory(config, model, device, dtype, policy)
     if compile_here:
-        remat: Any = policy
-        chosen = dataclasses.replace(config, train=dataclasses.replace(config.train, remat=remat))
-        compiled = compile_step(chosen, hf_config, resolve_dtype(dtype))
+        compiled = compile_step(config, hf_config, resolve_dtype(dtype), policy)
         memory = dataclasses.replace(memory, compiled=step_bytes(compiled))
     train, steps = config.train, config.train.max_steps
     if steps is None and rows is not None:
@@ -149,6 +168,7 @@ def make_plan(
         device=device,
         dtype=dtype,
         policy=policy,
+        candidates=candidates,
         memory=memory,
         steps=steps,
         seconds=step_seconds(config, model, device, dtype, policy),
@@ -162,13 +182,13 @@ def _dtype(config: RunConfig, device: Device) -> str:
     return device.compute_dtype if config.model.dtype == "auto" else config.model.dtype
 
 
-def _policy(config: RunConfig, model: Model, device: Device, dtype: str) -> str:
-    """The run's policy; where it is left open, the fastest that fits, or the leanest."""
-    if config.train.remat in POLICIES:
-        return config.train.remat
-    fitting = [p for p in POLICIES if estimate_memory(config, model, device, dtype, p).fits(device)]
-    leanest = min(POLICIES, key=lambda p: estimate_memory(config, model, device, dtype, p).peak)
-    return min(fitting, key=lambda p: step_seconds(config, model, device, dtype, p), default=leanest)
+def _candidates(config: RunConfig, model: Model, device: Device, dtype: str) -> tuple[str, ...]:
+    """The run's policy; where it is left open, from fast to lean those that may fit, and the leanest in any case."""
+    if config.train.remat != "auto":
+        return (config.train.remat,)
+    *faster, leanest = POLICIES
+    room = _WORTH_COMPILING * device.usable
+    return (*(p for p in faster if estimate_memory(config, model, device, dtype, p).peak <= room), leanest)
 
 
 def _reaches(config: RunConfig, model: Model, device: Device, dtype: str) -> tuple[Reach, ...]:
@@ -181,21 +201,17 @@ def _reaches(config: RunConfig, model: Model, device: Device, dtype: str) -> tup
     return tuple(reaches)
 
 
-def check_plan(config: RunConfig, hf_config: dict[str, Any]) -> str:
-    """The plan's short form for the device at hand, for the start of a run.
+def check_plan(config: RunConfig, hf_config: dict[str, Any]) -> Plan:
+    """The plan of a run for the device at hand, at its start.
 
     Raises:
         UserError: what stands between the steps alone does not fit, or the estimate is far beyond the device.
     """
     plan = make_plan(config, hf_config, this_device(), survey=False)
-    memory, usable = plan.memory, plan.device.usable
-    line = (
-        f"plan: {format_bytes(memory.resident)} of weights and state, about {format_bytes(memory.peak)} in a step with "
-        f"remat {plan.policy}; {plan.device.kind} has {format_bytes(usable)}"
-    )
-    if memory.resident > usable or memory.peak > _SURELY_TOO_MUCH * usable:
-        raise UserError(f"the run cannot fit the device. {line}. {advice(config, hf_config, plan.device)}")
-    return line
+    usable = plan.device.usable
+    if plan.memory.resident > usable or plan.memory.peak > _SURELY_TOO_MUCH * usable:
+        raise UserError(f"the run cannot fit the device. {plan.short()}. {advice(config, hf_config, plan.device)}")
+    return plan
 
 
 def advice(config: RunConfig, hf_config: dict[str, Any], device: Device) -> str:

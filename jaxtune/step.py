@@ -89,7 +89,8 @@ def batch_loss(lora: Tree, frozen: Tree, batch: Batch, config: StepConfig, dropo
 
     batch: tokens, targets, positions, segment_ids (int32 [B, T]) and loss_weights (float32 [B, T]).
     """
-    remat = remat_wrapper(config.remat, {memory.kind for memory in jax.devices()[0].addressable_memories()})
+    memory_kinds = {memory.kind for memory in jax.devices()[0].addressable_memories()}
+    remat = remat_wrapper(config.remat, memory_kinds, unrolled=config.unroll)
     hidden, _ = hidden_states(
         frozen,
         lora,

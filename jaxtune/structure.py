@@ -16,6 +16,7 @@ from jaxtune.loading import tensors_of
 from jaxtune.lora import adaptation, init_lora
 from jaxtune.models.config import DecoderConfig
 from jaxtune.optim import make_optimizer
+from jaxtune.remat import UNROLLED
 from jaxtune.step import StepConfig, TrainState, batch_sharding, init_state, jit_train_step, make_mesh, replicated
 from pallas_kernels import nf4
 
@@ -67,23 +68,22 @@ def batch_structure(
     return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in dtypes.items()}
 
 
-def step_settings(config: RunConfig, decoder: DecoderConfig, dtype: Any) -> StepConfig:
-    """What the step of a run is compiled with on the device at hand."""
+def step_settings(config: RunConfig, decoder: DecoderConfig, dtype: Any, policy: str) -> StepConfig:
+    """What the step of a run is compiled with on the device at hand, under a policy of `remat.POLICIES`."""
     train = config.train
     return StepConfig(
         decoder,
         adaptation(config.lora),
         dtype,
         packed=config.data.packing,
-        remat=train.remat,
-        # A loop over layers copies what it keeps for the backward pass in and out: 2 ms a layer of an 8B model.
-        unroll=train.remat == "none" and jax.default_backend() == "gpu",
+        remat=policy,
+        unroll=policy in UNROLLED and jax.default_backend() == "gpu",
         max_grad_norm=train.max_grad_norm,
         loss_chunk=train.loss_chunk,
     )
 
 
-def compile_step(config: RunConfig, hf_config: Mapping[str, Any], dtype: Any) -> jax.stages.Compiled:
+def compile_step(config: RunConfig, hf_config: Mapping[str, Any], dtype: Any, policy: str) -> jax.stages.Compiled:
     """The run's step, compiled for the devices at hand from shapes alone: no weight is read, no memory taken."""
     decoder = DecoderConfig.from_hf(hf_config)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
@@ -94,7 +94,8 @@ def compile_step(config: RunConfig, hf_config: Mapping[str, Any], dtype: Any) ->
     frozen = jax.tree.map(placed, frozen_structure(hf_config, config.model, dtype))
     state = jax.tree.map(placed, state_structure(config, decoder, dtype))
     # The horizon changes constants only.
-    jitted: Any = jit_train_step(make_optimizer(config.train, 1000), step_settings(config, decoder, dtype), mesh)
+    settings = step_settings(config, decoder, dtype, policy)
+    jitted: Any = jit_train_step(make_optimizer(config.train, 1000), settings, mesh)
     compiled: jax.stages.Compiled = jitted.lower(state, frozen, batch_structure(config, batch_sharding(mesh))).compile()
     return compiled
 

@@ -34,7 +34,7 @@ from jaxtune.evaluation import held_out
 from jaxtune.export import save_peft_adapter
 from jaxtune.loading import read_hf_config
 from jaxtune.lora import count_parameters, init_lora
-from jaxtune.memory import check_fits, device_peak, out_of_memory, tree_bytes
+from jaxtune.memory import check_fits, device_peak, fits, out_of_memory, tree_bytes
 from jaxtune.metrics import MetricsWriter, Progress, format_bytes, host_peak_rss, host_rss
 from jaxtune.optim import make_optimizer, make_schedule
 from jaxtune.planning import check_plan
@@ -164,15 +164,18 @@ def fit(
     def place(batch: dict[str, np.ndarray]) -> Any:
         return jax.device_put(batch, batch_sharding(mesh))
 
-    step_config = step_settings(config, decoder, base.dtype)
     host_batch, after_batch = next(loader.batches(position))
     batch = place(host_batch)
-    with progress.phase("compile the step"), out_of_memory("compiling the step", memory, config):
-        jitted: Any = jit_train_step(optimizer, step_config, mesh)
-        step = jitted.lower(state, frozen, batch).compile()
-    memory["activations, gradients and logits"] = step_bytes = step.memory_analysis().temp_size_in_bytes
+    for policy in plan.candidates:
+        step_config = step_settings(config, decoder, base.dtype, policy)
+        with progress.phase("compile the step"), out_of_memory("compiling the step", memory, config):
+            jitted: Any = jit_train_step(optimizer, step_config, mesh)
+            step = jitted.lower(state, frozen, batch).compile()
+        memory["activations, gradients and logits"] = step_bytes = step.memory_analysis().temp_size_in_bytes
+        progress.note(f"one step with remat {policy} holds {format_bytes(step_bytes)} beside weights and state")
+        if fits(memory):
+            break
     check_fits(memory, config)
-    progress.note(f"one step holds {format_bytes(step_bytes)} beside weights and state")
     eval_step = jit_eval_step(step_config, mesh)
 
     def evaluate() -> dict[str, float]:
@@ -202,7 +205,7 @@ def fit(
         Prefetch(loader.batches(after_batch)) as batches,
     ):
         seconds = {name.replace(" ", "_") + "_seconds": value for name, value in progress.phases.items()}
-        metrics.write(first_step, **seconds, step_temporary_bytes=step_bytes, frozen_bytes=frozen_bytes)
+        metrics.write(first_step, **seconds, step_temporary_bytes=step_bytes, frozen_bytes=frozen_bytes, remat=policy)
         metrics.write(first_step, data=described, versions={"device": plan.device.kind, **versions()})
         eval_loss = None
         if first_step == 0:

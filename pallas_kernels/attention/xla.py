@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels.attention.reference import visible
 
@@ -103,7 +104,11 @@ def _fwd(q: Array, k: Array, v: Array, segment_ids: Array | None, form: Form) ->
 
     segments = None if segment_ids is None else _slices(segment_ids, 1)
     outs, log_sums = lax.map(one_slice, (_starts(queries), queries, segments))
-    return _ungrouped(_joined(outs, 3, q.shape[1])), (q, k, v, segment_ids, log_sums)
+    out, log_sums = (
+        checkpoint_name(_ungrouped(_joined(outs, 3, q.shape[1])), "attention"),
+        checkpoint_name(log_sums, "attention_sums"),
+    )
+    return out, (q, k, v, segment_ids, log_sums)
 
 
 def _bwd(form: Form, residuals: Residuals, d_out: Array) -> tuple[Array | None, ...]:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from runs import Command, Main, WriteRun
 
+from jaxtune import train
 from jaxtune.config_io import load_config
 from jaxtune.export import load_peft_adapter
 from jaxtune.metrics import read_metrics
@@ -77,7 +78,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory, write_run_in: WriteRun, c
 
 def test_leaves_its_files(finished: tuple[Path, str]) -> None:
     output, _ = finished
-    assert sorted(path.name for path in output.iterdir()) == ["adapter", "checkpoints", "config.yaml", "metrics.jsonl"]
+    names = ["adapter", "checkpoints", "config.yaml", "metrics.jsonl", "report.html"]
+    assert sorted(path.name for path in output.iterdir()) == names
     assert sorted(path.name for path in (output / "checkpoints").iterdir()) == ["4", "6"]
     names = ["adapter_config.json", "adapter_model.safetensors"]
     assert sorted(path.name for path in (output / "adapter").iterdir()) == names
@@ -116,7 +118,7 @@ def test_shows_what_it_does(finished: tuple[Path, str]) -> None:
         "load the model: ",
         "llama: 2 layers, computed in float32",
         "compile the step: ",
-        "one step holds ",
+        "one step with remat none holds ",
         "step 1/6  loss ",
         "step 6/6  loss ",
         "  held-out loss: ",
@@ -175,6 +177,24 @@ SMOKE: dict[str, dict[str, dict[str, Any]]] = {
         "train": {"max_steps": None, "batch_size": 3, "remat": "offload"},
     },
 }
+
+
+def test_auto_takes_the_first_policy_that_fits(
+    tmp_path: Path, write_run: WriteRun, run_main: Main, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def fits(components: dict[str, int]) -> bool:
+        asked.append(components)
+        return len(asked) > 1
+
+    monkeypatch.setattr(train, "fits", fits)
+    few = FEW | {"train": {"max_steps": 2, "remat": "auto"}}
+    status, err = run_main("--config", write_run(**few))
+    assert status == 0, err
+    assert len(asked) == 2
+    (chosen,) = [record["remat"] for record in read_metrics(tmp_path / "out" / "metrics.jsonl") if "remat" in record]
+    assert chosen == "selective"
 
 
 @pytest.mark.parametrize("sections", SMOKE.values(), ids=SMOKE.keys())

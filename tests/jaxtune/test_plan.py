@@ -18,9 +18,10 @@ from jaxtune import plan, planning
 from jaxtune.config import DataConfig, LoraConfig, ModelConfig, OutputConfig, RunConfig, TrainConfig
 from jaxtune.devices import SHEETS, sheet
 from jaxtune.errors import UserError
-from jaxtune.estimate import POLICIES, estimate_memory, largest, measure_model, step_seconds
+from jaxtune.estimate import estimate_memory, largest, measure_model, step_seconds
 from jaxtune.loading import load_model, read_hf_config, resolve_source
 from jaxtune.models.config import DecoderConfig
+from jaxtune.remat import POLICIES
 from jaxtune.structure import batch_structure, compile_step, frozen_structure, state_structure, tree_bytes
 
 ROOT = Path(__file__).parents[2]
@@ -155,7 +156,7 @@ def test_structure_is_that_of_the_loaded_model(tiny: Path, load_in_4bit: bool, d
 def test_step_compiled_from_shapes_takes_the_real_arrays(tiny: Path) -> None:
     config = run_config(2, 16, model={"name_or_path": str(tiny)}, lora={"r": 4, "target_modules": ("q_proj",)})
     hf_config = read_hf_config(resolve_source(config.model))
-    compiled = compile_step(config, hf_config, np.dtype("float32"))
+    compiled = compile_step(config, hf_config, np.dtype("float32"), "none")
     decoder = DecoderConfig.from_hf(hf_config)
     made = state_structure(config, decoder, "float32"), batch_structure(config)
     state, batch = jax.tree.map(lambda x: jax.numpy.ones(x.shape, x.dtype), made)
@@ -228,6 +229,23 @@ def test_mistakes_have_exit_status_2(
     path = write_config(tmp_path, config_alone)
     assert plan.main(["--config", str(path), *arguments]) == 2
     assert text in capsys.readouterr().err
+
+
+def test_auto_compiles_what_may_fit_from_fast_to_lean() -> None:
+    config = run_config(4, 2048, train={"remat": "auto"})
+    plans = {
+        name: planning.make_plan(config, MODELS["8b"], sheet(name), survey=False) for name in ("h200", "rtx-3090", "t4")
+    }
+    assert {name: made.candidates for name, made in plans.items()} == {
+        "h200": POLICIES,
+        "rtx-3090": ("selective", "full", "offload"),
+        "t4": ("full", "offload"),
+    }
+    assert {name: made.policy for name, made in plans.items()} == {
+        "h200": "none",
+        "rtx-3090": "selective",
+        "t4": "full",
+    }
 
 
 def test_a_run_that_cannot_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -81,11 +81,12 @@ def test_accumulation_weighs_tokens_not_micro_batches() -> None:
         assert_trees_close(results[count][1], results[1][1], 1e-5)
 
 
-@pytest.mark.parametrize("remat", ["full", "offload"])
-def test_remat_policies_change_nothing_but_memory(remat: str) -> None:
+@pytest.mark.parametrize("unroll", [False, True])
+@pytest.mark.parametrize("remat", ["selective", "full", "offload"])
+def test_remat_policies_change_nothing_but_memory(remat: str, unroll: bool) -> None:
     batch = accumulated(packed_batch(DECODER, random_documents(DECODER, [30, 20, 25]), rows=2, length=50))
     loss, gradient = loss_and_gradient(STEP, batch)
-    other_loss, other_gradient = loss_and_gradient(dataclasses.replace(STEP, remat=remat), batch)
+    other_loss, other_gradient = loss_and_gradient(dataclasses.replace(STEP, remat=remat, unroll=unroll), batch)
     # The compiler contracts products and sums of the two programs differently: units in the last place.
     np.testing.assert_allclose(other_loss, loss, rtol=5e-7)
     assert_trees_close(other_gradient, gradient, 1e-6)
@@ -178,16 +179,17 @@ def temporaries(remat: str, *, layers: int, vocab: int) -> int:
     )
 
 
-@pytest.mark.parametrize("remat", ["none", "full"])
+@pytest.mark.parametrize("remat", ["none", "selective", "full"])
 def test_no_dense_copy_of_the_weights_and_no_second_copy_of_the_packed_ones(remat: str) -> None:
     growth = temporaries(remat, layers=12, vocab=64) - temporaries(remat, layers=4, vocab=64)
     weights_per_layer = 2 * 256 * 256 + 2 * 128 * 256 + 3 * 256 * 512
     # float32 values per token and layer. full: the layer's input. none: five of the model's width (inputs of norms,
-    # both normalised, attention's output), q, k, v, three of the MLP's width, two norms' statistics.
-    kept = {"full": 256, "none": 5 * 256 + (4 + 2 + 2) * 64 + 3 * 512 + 2}[remat] * 4 * 128
+    # both normalised, attention's output), q, k, v, three of the MLP's width, two norms' statistics. selective: the
+    # residual stream before and after attention, queries, keys and values, attention's output and statistics.
+    kept = {"full": 256, "none": 5 * 256 + (4 + 2 + 2) * 64 + 3 * 512 + 2, "selective": 3 * 256 + (4 + 2 + 2) * 64 + 4}
     adapter_gradients = 4 * 2 * sum(r * 4 for r in (512, 384, 384, 512, 768, 768, 768))
     # An eighth of the packed bytes is far less than one copy of them, which is an eighth of a dense one.
-    assert growth < 8 * (kept + adapter_gradients + weights_per_layer / 2 / 8)
+    assert growth < 8 * (kept[remat] * 4 * 128 + adapter_gradients + weights_per_layer / 2 / 8)
 
 
 def test_logits_are_not_held() -> None:
