@@ -298,8 +298,8 @@ class TrainConfig:
     adam_epsilon: added to the root of the second moment.
     max_grad_norm: global-norm clipping; None for no clipping.
     remat: what the backward pass recomputes, from fast to lean: none, selective (the products of gate and up), full
-        (all of a layer), offload (full, layer inputs in host memory); or auto, the fastest that fits memory_limit or
-        the device.
+        (all of a layer), offload (full, layer inputs in host memory), lean (offload, MLPs in chunks of tokens); or
+        auto, the fastest that fits memory_limit or the device.
     loss_chunk: tokens per chunk of the head and loss; None chooses from the vocabulary.
     logging_steps: updates between printed lines, where there is no terminal; metrics.jsonl has every update.
     eval_steps: updates between held-out losses (also measured before and after); None for those two only.
@@ -320,7 +320,7 @@ class TrainConfig:
     adam_beta2: float = 0.999
     adam_epsilon: float = 1e-8
     max_grad_norm: float | None = 1.0
-    remat: Literal["auto", "none", "selective", "full", "offload"] = "auto"
+    remat: Literal["auto", "none", "selective", "full", "offload", "lean"] = "auto"
     loss_chunk: int | None = None
     seed: int = 3407
     logging_steps: int = 1

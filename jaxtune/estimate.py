@@ -18,7 +18,7 @@ from jaxtune.config import RunConfig
 from jaxtune.devices import Device
 from jaxtune.loading import resolve_dtype
 from jaxtune.models.config import DecoderConfig
-from jaxtune.remat import POLICIES, UNROLLED
+from jaxtune.remat import MLP_CHUNK, OFFLOADED, POLICIES, UNROLLED
 from jaxtune.structure import frozen_structure, state_structure, tree_bytes
 from pallas_kernels.cross_entropy import chunk_tokens
 
@@ -41,6 +41,7 @@ _KEPT = {
     "selective": Widths(mlp=0.0, model=2.0, queries=2.0, keys=2.0),
     "full": Widths(mlp=0.0, model=1.0, queries=0.0, keys=0.0),
     "offload": Widths(mlp=0.0, model=0.0, queries=0.0, keys=0.0),
+    "lean": Widths(mlp=0.0, model=0.0, queries=0.0, keys=0.0),
 }
 # The same where the fused blocks run (norm_linear, glu_linear): they make their norms and units again.
 _KEPT_FUSED = _KEPT | {
@@ -160,10 +161,10 @@ def estimate_memory(config: RunConfig, model: Model, device: Device, dtype: str,
     length = config.data.max_length
     tokens = rows * length
 
-    def bytes_of(widths: Widths) -> int:
+    def bytes_of(widths: Widths, in_mlp: int = tokens) -> int:
         heads = decoder.num_heads * decoder.head_dim, decoder.num_kv_heads * decoder.head_dim
-        elements = widths.mlp * decoder.intermediate_size + widths.model * decoder.hidden_size
-        return int(size * tokens * (elements + widths.queries * heads[0] + widths.keys * heads[1]))
+        outside = widths.model * decoder.hidden_size + widths.queries * heads[0] + widths.keys * heads[1]
+        return int(size * (tokens * outside + in_mlp * widths.mlp * decoder.intermediate_size))
 
     fused = model.packed and device.capability is not None and device.capability >= _FUSED_CAPABILITY
     unrolled = policy in UNROLLED and device.capability is not None
@@ -172,12 +173,13 @@ def estimate_memory(config: RunConfig, model: Model, device: Device, dtype: str,
     gradients = model.adapters // (decoder.num_layers if unrolled and fused else 1)
     sums = 4 * model.trainable if config.train.gradient_accumulation_steps > 1 else 0
     layer_kept = _LAYER_KEPT_FUSED if fused else _LAYER_KEPT
-    layer = bytes_of(layer_kept if policy == "none" else _LAYER_RECOMPUTED)
+    in_mlp = min(tokens, MLP_CHUNK.get(policy, tokens))
+    layer = bytes_of(layer_kept if policy == "none" else _LAYER_RECOMPUTED, in_mlp)
     layer += _attention_scratch(config, decoder, device, rows)
     kept = decoder.num_layers * bytes_of((_KEPT_FUSED if fused else _KEPT)[policy])
     if config.lora.lora_dropout > 0:
         # The mask of the widest input, a byte an element, and the random bits that it is made of.
-        layer += 5 * tokens * decoder.intermediate_size
+        layer += 5 * in_mlp * decoder.intermediate_size
         if policy == "none":
             # XLA finds the masks of both passes equal and keeps them; fused blocks leave it more than the mask itself.
             inputs = sum(into for _, into in decoder.linear_shapes().values())
@@ -185,7 +187,7 @@ def estimate_memory(config: RunConfig, model: Model, device: Device, dtype: str,
     several = unrolled and not fused
     decoded_elements = _DECODED_LAYERS_UNROLLED * model.linears if several else _DECODED_WEIGHTS * model.widest
     chunk = min(tokens, config.train.loss_chunk or chunk_tokens(decoder.vocab_size))
-    offloaded = decoder.num_layers * size * tokens * decoder.hidden_size if policy == "offload" else 0
+    offloaded = decoder.num_layers * size * tokens * decoder.hidden_size if policy in OFFLOADED else 0
     return Memory(
         weights=model.weights,
         adapters=model.adapters,
@@ -240,7 +242,7 @@ def step_seconds(config: RunConfig, model: Model, device: Device, dtype: str, po
     busy = step_flops(config, model, policy) / (_RATE_SHARE * device.flops) + traffic / (
         _BANDWIDTH_SHARE * device.bandwidth
     )
-    copied = 2 * decoder.num_layers * tokens * decoder.hidden_size * _SIZES[dtype] if policy == "offload" else 0
+    copied = 2 * decoder.num_layers * tokens * decoder.hidden_size * _SIZES[dtype] if policy in OFFLOADED else 0
     devices = config.mesh.data * config.mesh.fsdp
     return max(busy, copied / device.host_bandwidth) / devices
 

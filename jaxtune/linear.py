@@ -81,6 +81,6 @@ class Linears:
         }
 
 
-def split_key(key: Array | None, index: int) -> Array | None:
+def split_key(key: Array | None, index: Array | int) -> Array | None:
     """A key of its own for each of several parts that share `key`; None stays None."""
     return None if key is None else jax.random.fold_in(key, index)

@@ -61,9 +61,9 @@ def _report(what: str, components: Mapping[str, int], config: RunConfig) -> str:
     train, data = config.train, config.data
     remedies = []
     if train.remat in ("none", "selective"):
-        remedies.append(f"set train.remat to full or offload (now {train.remat})")
-    elif train.remat == "full":
-        remedies.append(f"set train.remat to offload (now {train.remat})")
+        remedies.append(f"set train.remat to full, offload or lean (now {train.remat})")
+    elif train.remat in ("full", "offload"):
+        remedies.append(f"set train.remat to lean (now {train.remat})")
     if train.batch_size > config.mesh.data:
         remedies.append(
             f"lower train.batch_size (now {train.batch_size}) and raise train.gradient_accumulation_steps for it"

@@ -12,10 +12,14 @@ from jaxtune.errors import UserError
 Layer = Callable[..., Any]
 
 # From fast to lean.
-POLICIES = ("none", "selective", "full", "offload")
+POLICIES = ("none", "selective", "full", "offload", "lean")
 # Those whose layers are unrolled on a GPU: a loop copies what it keeps for the backward pass in and out, which is 2 ms
 # a layer of an 8B model with "none".
 UNROLLED = ("none", "selective")
+# Those that keep the layers' inputs in host memory.
+OFFLOADED = ("offload", "lean")
+# Tokens that pass through an MLP at a time: its inner activations are the largest arrays of a layer's backward pass.
+MLP_CHUNK = {"lean": 2048}
 # What "selective" keeps beside a layer's input: the products of attention's side, and attention itself. The products of
 # gate and up, more than half of what "none" keeps, cost no more per byte than others to make again.
 _SELECTED = frozenset(
@@ -31,22 +35,22 @@ def remat_wrapper(policy: str, memory_kinds: set[str], *, unrolled: bool = False
         policy: "none" keeps what the backward pass needs but what the fused blocks make again in passing: norms and
             gated units. "selective" also makes the products of gate and up again, and rotates queries and keys again.
             "full" keeps each layer's input and recomputes the rest. "offload" is full with the layer inputs in pinned
-            host memory.
+            host memory, and "lean" is offload with MLPs in chunks of tokens (`MLP_CHUNK`).
         memory_kinds: what the device offers (`{m.kind for m in device.addressable_memories()}`).
         unrolled: layers are not in a loop.
 
     Raises:
-        UserError: offload on a device that has no pinned host memory.
+        UserError: offload or lean on a device that has no pinned host memory.
     """
     if policy == "none":
         return None
     kept: Any = None
     if policy == "selective":
         kept = _is_selected
-    elif policy == "offload":
+    elif policy in OFFLOADED:
         if "pinned_host" not in memory_kinds:
             raise UserError(
-                "train.remat: offload needs pinned host memory, which this device does not offer; use remat: full"
+                f"train.remat: {policy} needs pinned host memory, which this device does not offer; use remat: full"
             )
         kept = jax.checkpoint_policies.save_and_offload_only_these_names(
             names_which_can_be_saved=[],

@@ -19,7 +19,7 @@ from jaxtune.linear import Adaptation
 from jaxtune.loss_scale import LossScale
 from jaxtune.models.config import DecoderConfig
 from jaxtune.models.decoder import Tree, head_weight, hidden_states
-from jaxtune.remat import remat_wrapper
+from jaxtune.remat import MLP_CHUNK, OFFLOADED, remat_wrapper
 from pallas_kernels.cross_entropy import linear_cross_entropy
 
 Batch = Mapping[str, Array]
@@ -103,6 +103,7 @@ def batch_loss(lora: Tree, frozen: Tree, batch: Batch, config: StepConfig, dropo
         dropout_key=dropout_key,
         remat=remat,
         unroll=config.unroll,
+        mlp_chunk=MLP_CHUNK.get(config.remat),
     )
     return linear_cross_entropy(
         hidden,
@@ -198,7 +199,7 @@ def _compiler_options(remat: str, platform: str) -> dict[str, bool] | None:
         return None
     # cuBLAS adds the adapter's product to the base's while it writes; XLA's own Triton matmuls do not.
     options = {"xla_gpu_enable_triton_gemm": False}
-    if remat == "offload":
+    if remat in OFFLOADED:
         # Without it the copies of layer inputs to and from the host do not overlap with compute.
         options["xla_gpu_enable_latency_hiding_scheduler"] = True
     return options

@@ -19,6 +19,7 @@ class Context:
     adaptation: how adapters act.
     cache_first: index of each row's first token in the KV cache, int32 [B], where rows are padded in front; else None.
     window: keys that a query sees, or None for all.
+    mlp_chunk: tokens that pass through an MLP at a time, recomputed in the backward pass; None for all at once.
     """
 
     cos: Array
@@ -28,3 +29,4 @@ class Context:
     adaptation: Adaptation
     cache_first: Array | None = None
     window: int | None = None
+    mlp_chunk: int | None = None

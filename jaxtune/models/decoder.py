@@ -3,6 +3,7 @@ here."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -59,22 +60,63 @@ def block(
         The residual stream after the layer, and the cache with the new tokens.
     """
     x = checkpoint_name(x, "layer_input")
-    attention, mlp = (
-        Linears(base[part], adapter.get(part, {}), context.adaptation, split_key(key, index))
-        for index, part in enumerate(("self_attn", "mlp"))
+    attention = Linears(base["self_attn"], adapter.get("self_attn", {}), context.adaptation, split_key(key, 0))
+    qkv, x = attention.after_norm(
+        ("q_proj", "k_proj", "v_proj"), x, base["input_layernorm"], **_norm_form(config), name="qkv"
     )
-    norm_form: Any = {"eps": config.norm_eps, "unit_offset": config.unit_offset_norms}
-    qkv, x = attention.after_norm(("q_proj", "k_proj", "v_proj"), x, base["input_layernorm"], **norm_form, name="qkv")
     attended, cache = self_attention(qkv, attention, context, config, cache, layer)
     if "attention_output_norm" in base:
         attended = norm(attended, base["attention_output_norm"], config)
+    mlp = partial(_mlp, base=base, adapter=adapter.get("mlp", {}), context=context, config=config)
+    if context.mlp_chunk is None or x.shape[0] * x.shape[1] <= context.mlp_chunk:
+        return mlp(x, attended, split_key(key, 1)), cache
+    return _in_chunks(mlp, x, attended, split_key(key, 1), context.mlp_chunk), cache
+
+
+def _mlp(
+    x: Float[Array, "B T D"],
+    attended: Float[Array, "B T D"],
+    key: Array | None,
+    *,
+    base: Tree,
+    adapter: Tree,
+    context: Context,
+    config: DecoderConfig,
+) -> Float[Array, "B T D"]:
+    """The residual stream with attention's output and then the MLP's added to it; every token for itself."""
+    mlp = Linears(base["mlp"], adapter, context.adaptation, key)
     gate_up, x = mlp.after_norm(
-        ("gate_proj", "up_proj"), x, base["post_attention_layernorm"], attended, **norm_form, name="gate_up"
+        ("gate_proj", "up_proj"), x, base["post_attention_layernorm"], attended, **_norm_form(config), name="gate_up"
     )
     out = mlp.after_glu("down_proj", gate_up, config.activation)
     if "mlp_output_norm" in base:
         out = norm(out, base["mlp_output_norm"], config)
-    return x + out, cache
+    return x + out
+
+
+def _in_chunks(mlp: Callable[..., Array], x: Array, attended: Array, key: Array | None, chunk: int) -> Array:
+    """`mlp` on at most `chunk` tokens at a time, each chunk recomputed in the backward pass.
+
+    A chunk has tokens of every row, so that rows may lie on several devices.
+    """
+    rows, length, width = x.shape
+    count = math.ceil(length / max(1, chunk // rows))
+    size = math.ceil(length / count)
+
+    def cut(of: Array) -> Array:
+        padded = jnp.pad(of, ((0, 0), (0, count * size - length), (0, 0)))
+        return padded.reshape(rows, count, size, width).swapaxes(0, 1)
+
+    def one(chunk: tuple[Array, Array, Array]) -> Array:
+        index, *streams = chunk
+        return mlp(*streams, split_key(key, index))
+
+    out = lax.map(jax.checkpoint(one, prevent_cse=False), (jnp.arange(count), cut(x), cut(attended)))
+    return out.swapaxes(0, 1).reshape(rows, -1, width)[:, :length]
+
+
+def _norm_form(config: DecoderConfig) -> dict[str, Any]:
+    return {"eps": config.norm_eps, "unit_offset": config.unit_offset_norms}
 
 
 def hidden_states(
@@ -90,6 +132,7 @@ def hidden_states(
     dropout_key: Array | None = None,
     remat: Wrap | None = None,
     unroll: bool = False,
+    mlp_chunk: int | None = None,
     cache: Cache | None = None,
     cache_start: Array | int = 0,
     cache_first: Int[Array, " B"] | None = None,
@@ -105,6 +148,7 @@ def hidden_states(
         remat: wraps a layer so that its activations are recomputed in the backward pass (see jaxtune.remat).
         unroll: one program for all layers instead of a loop over one layer's: faster where nothing is recomputed, and
             slower to compile.
+        mlp_chunk: tokens that pass through an MLP at a time; None for all.
         cache: {"k", "v"}: [L, B, S, K, H]; new keys and values are written from index `cache_start` on.
         cache_first: index of each row's first token in the cache, where rows are padded in front.
 
@@ -117,7 +161,7 @@ def hidden_states(
     def context(window: int | None) -> Context:
         rope = config.local_rope if window is not None and config.local_rope is not None else config.rope
         cos, sin = rope.cos_sin(positions, lengths)
-        return Context(cos, sin, segment_ids, cache_start, adaptation, cache_first, window)
+        return Context(cos, sin, segment_ids, cache_start, adaptation, cache_first, window, mlp_chunk)
 
     contexts = {window: context(window) for window in config.windows}
 

@@ -238,8 +238,8 @@ def test_auto_compiles_what_may_fit_from_fast_to_lean() -> None:
     }
     assert {name: made.candidates for name, made in plans.items()} == {
         "h200": POLICIES,
-        "rtx-3090": ("selective", "full", "offload"),
-        "t4": ("full", "offload"),
+        "rtx-3090": ("selective", "full", "offload", "lean"),
+        "t4": ("full", "offload", "lean"),
     }
     assert {name: made.policy for name, made in plans.items()} == {
         "h200": "none",

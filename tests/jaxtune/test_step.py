@@ -14,6 +14,7 @@ import optax
 import pytest
 from tiny import accumulated, decoder_config, frozen_tree, lora_tree, packed_batch, random_documents
 
+import jaxtune.step
 from jaxtune.config import LoraConfig
 from jaxtune.linear import Adaptation
 from jaxtune.lora import init_lora
@@ -104,6 +105,31 @@ def test_dropout_repeats_with_its_key_and_survives_remat() -> None:
     assert float(loss_and_gradient(config, batch)[0]) == float(loss_and_gradient(STEP, batch)[0])
 
 
+@pytest.mark.parametrize("rate", [0.0, 0.3])
+def test_mlps_in_chunks_change_nothing_but_memory(rate: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = accumulated(packed_batch(DECODER, random_documents(DECODER, [30, 20, 25]), rows=2, length=50))
+    config = dataclasses.replace(STEP, adaptation=Adaptation(2.0, rate))
+    key = jax.random.key(5) if rate else None
+    # 50 tokens of two rows, 16 of each at a time, which does not divide. Dropout is drawn by the chunk.
+    monkeypatch.setattr(jaxtune.step, "MLP_CHUNK", {"lean": 32, "none": 32 if rate else None})
+    loss, gradient = loss_and_gradient(config, batch, key=key)
+    chunked_loss, chunked_gradient = loss_and_gradient(dataclasses.replace(config, remat="lean"), batch, key=key)
+    np.testing.assert_allclose(chunked_loss, loss, rtol=5e-7)
+    assert_trees_close(chunked_gradient, gradient, 1e-6)
+
+
+def test_lean_holds_a_chunk_of_an_mlp(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jaxtune.step, "MLP_CHUNK", {"lean": 16})
+
+    def growth(remat: str) -> int:
+        wide, narrow = (temporaries(remat, layers=4, vocab=64, intermediate=width) for width in (2048, 512))
+        return wide - narrow
+
+    # Of 128 tokens the products of gate and up and their gradients, and the unit and its own: six widths or more.
+    inner = 6 * 4 * 128 * (2048 - 512)
+    assert growth("full") - growth("lean") > 0.7 * inner
+
+
 def test_clipping_scales_the_gradient_to_the_norm() -> None:
     batch = accumulated(packed_batch(DECODER, random_documents(DECODER, [30, 20]), rows=1, length=50))
     frozen, lora = frozen_tree(DECODER), lora_tree(DECODER, LORA)
@@ -156,11 +182,11 @@ def test_one_program_for_a_whole_run() -> None:
     assert int(state.step) == 3
 
 
-def temporaries(remat: str, *, layers: int, vocab: int) -> int:
+def temporaries(remat: str, *, layers: int, vocab: int, intermediate: int = 512) -> int:
     """Temporary bytes of a compiled train step over 128 tokens."""
     decoder = decoder_config(
         hidden_size=256,
-        intermediate_size=512,
+        intermediate_size=intermediate,
         head_dim=64,
         num_layers=layers,
         vocab_size=vocab,
