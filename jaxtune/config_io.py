@@ -152,6 +152,19 @@ def _apply_overrides(raw: Any, overrides: Sequence[str]) -> Any:
     return raw
 
 
+def list_values(text: str) -> list[Any]:
+    """Values written one after another with commas, each in YAML's syntax, as in `8,16` or `[q_proj],[q_proj,v_proj]`.
+
+    Raises:
+        UserError: no valid YAML.
+    """
+    try:
+        values = yaml.load(f"[{text}]", _Loader)
+    except yaml.YAMLError as error:
+        raise UserError(f"cannot read the values {text!r}: no valid YAML; quote them ({error})") from error
+    return list(values)
+
+
 def to_dict(config: RunConfig) -> dict[str, dict[str, Any]]:
     """The configuration, defaults included, as nested dicts of plain values that JSON and YAML hold exactly."""
     plain = dataclasses.asdict(config)

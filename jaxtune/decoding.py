@@ -75,11 +75,12 @@ class Generator:
         max_new_tokens: int,
         sampling: Sampling = GREEDY,
         stop_ids: Sequence[int] = (),
+        keep_stop: bool = False,
     ) -> Iterator[list[list[int]]]:
         """Continue a batch of prompts of any lengths; yields each row's new tokens, one or more dispatch by dispatch.
 
-        A row ends before the first of `stop_ids`, and gives empty lists from then on; the iteration ends with the last
-        row, or after max_new_tokens.
+        A row ends before the first of `stop_ids`, with `keep_stop` behind it, and gives empty lists from then on; the
+        iteration ends with the last row, or after max_new_tokens.
 
         Raises:
             ValueError: no prompt, a prompt without tokens or with ids outside of the vocabulary, or max_new_tokens
@@ -103,7 +104,8 @@ class Generator:
             rows = []
             for row, new in enumerate(made.tolist()):
                 stop = next((at for at, token in enumerate(new) if token in stop_ids), None)
-                rows.append(new[:stop] if alive[row] else [])
+                end = stop if stop is None or not keep_stop else stop + 1
+                rows.append(new[:end] if alive[row] else [])
                 alive[row] = alive[row] and stop is None
             yield rows
             if time.perf_counter() - started < PATIENCE_SECONDS:

@@ -11,12 +11,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 
-from jaxtune.base import find_base
-from jaxtune.config import ModelConfig, OutputConfig
+from jaxtune.base import BaseModel, find_base
+from jaxtune.config import LoraConfig, ModelConfig, OutputConfig
 from jaxtune.decoding import Generator
 from jaxtune.errors import UserError
 from jaxtune.export import load_peft_adapter
@@ -26,6 +26,9 @@ from jaxtune.lora import GROUP_OF_LINEAR, adaptation
 from jaxtune.models.config import DecoderConfig
 from jaxtune.samples import TextGenerator, encode_chat, encode_text, stop_ids
 from jaxtune.sampling import Sampling
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 
 def load_text_generator(config: ModelConfig, adapter: str | Path | None = None) -> TextGenerator:
@@ -41,14 +44,23 @@ def load_text_generator(config: ModelConfig, adapter: str | Path | None = None) 
     lora: dict[str, Any] = {}
     acts, tokenizer = Adaptation(), base.tokenizer
     if adapter is not None:
-        directory = Path(adapter).expanduser()
-        lora, lora_config = load_peft_adapter(directory, model_type=base.decoder.model_type)
-        check_adapter(lora, base.decoder, directory)
+        lora, lora_config, tokenizer = load_adapter(adapter, base)
         acts = adaptation(lora_config)
-        if (directory / "tokenizer.json").is_file():
-            tokenizer = load_tokenizer(Source(str(directory), directory))
     generator = Generator(base.load(), jax.device_put(lora), base.decoder, acts, base.dtype)
     return TextGenerator(generator, tokenizer, model_stop_ids(tokenizer, base.source))
+
+
+def load_adapter(adapter: str | Path, base: BaseModel) -> tuple[dict[str, Any], LoraConfig, PreTrainedTokenizerFast]:
+    """An adapter's tree on the host, its settings, and the tokenizer saved beside it or else the base model's.
+
+    Raises:
+        UserError: files that are missing or damaged, or an adapter of another model.
+    """
+    directory = Path(adapter).expanduser()
+    lora, config = load_peft_adapter(directory, model_type=base.decoder.model_type)
+    check_adapter(lora, base.decoder, directory)
+    has_tokenizer = (directory / "tokenizer.json").is_file()
+    return lora, config, load_tokenizer(Source(str(directory), directory)) if has_tokenizer else base.tokenizer
 
 
 def model_stop_ids(tokenizer: Any, source: Source) -> tuple[int, ...]:
@@ -117,7 +129,7 @@ def read_sampling(options: argparse.Namespace) -> Sampling:
 
 def load_from_arguments(options: argparse.Namespace) -> TextGenerator:
     """The model that the arguments name."""
-    name = options.model or _base_of(options.adapter)
+    name = options.model or base_of(options.adapter)
     config = ModelConfig(
         name,
         revision=options.revision,
@@ -134,7 +146,8 @@ def load_from_arguments(options: argparse.Namespace) -> TextGenerator:
     return text
 
 
-def _base_of(adapter: Path | None) -> str:
+def base_of(adapter: Path | None) -> str:
+    """The base model that an adapter's configuration names; raises UserError where there is none."""
     if adapter is None:
         raise UserError("name a model with --model, or an adapter with --adapter")
     path = adapter.expanduser() / "adapter_config.json"

@@ -89,17 +89,31 @@ def make_report(name: str, records: Records, config: str) -> str:
         ("", f'<div class="charts">{"".join(charts)}</div>' if charts else "<p>No update was done.</p>"),
         ("Data", _pre("\n".join(start.get("data", [])))),
         ("Samples", _samples(records)),
-        ("Machine and versions", _table([(str(key), str(value)) for key, value in start.get("versions", {}).items()])),
+        ("Machine and versions", html_table(list(start.get("versions", {}).items()))),
         ("Configuration", _pre(config)),
     ]
     facts = "".join(f"<div><span>{_text(label)}</span><b>{_text(value)}</b></div>" for label, value in _facts(records))
     body = "".join(f"<h2>{title}</h2>{content}" if title else content for title, content in sections if content)
+    return html_page(name, f'<div class="facts">{facts}</div>{body}')
+
+
+def html_page(title: str, body: str) -> str:
+    """A whole page around HTML that is escaped already."""
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{_text(name)}</title><style>{_STYLE}</style></head><body>"
-        f'<h1>{_text(name)}</h1><div class="facts">{facts}</div>{body}</body></html>\n'
+        f"<title>{_text(title)}</title><style>{_STYLE}</style></head><body><h1>{_text(title)}</h1>{body}</body></html>\n"
     )
+
+
+def html_table(rows: Sequence[Sequence[str]], header: Sequence[str] = ()) -> str:
+    """A table of texts, escaped; without a header the first cell of a row is its name."""
+    lines = ["".join(f"<th>{_text(cell)}</th>" for cell in header)] if header else []
+    for row in rows:
+        first = "td" if header else "th"
+        cells = [f"<{first}>{_text(row[0])}</{first}>", *(f"<td>{_text(cell)}</td>" for cell in row[1:])]
+        lines.append("".join(cells))
+    return f"<table>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>" if rows else ""
 
 
 def _facts(records: Records) -> list[tuple[str, str]]:
@@ -131,18 +145,8 @@ def _samples(records: Records) -> str:
     for record in records:
         if "sample" in record:
             answers.setdefault(record["prompt"], {})[record["sample"]] = record["answer"]
-    if not answers:
-        return ""
-    rows = [
-        f"<tr><td>{_text(prompt)}</td><td>{_text(by.get('before', ''))}</td><td>{_text(by.get('after', ''))}</td></tr>"
-        for prompt, by in answers.items()
-    ]
-    return f"<table><tr><th>prompt</th><th>before</th><th>after</th></tr>{''.join(rows)}</table>"
-
-
-def _table(rows: Sequence[tuple[str, str]]) -> str:
-    cells = "".join(f"<tr><th>{_text(name)}</th><td>{_text(value)}</td></tr>" for name, value in rows)
-    return f"<table>{cells}</table>" if rows else ""
+    rows = [(prompt, by.get("before", ""), by.get("after", "")) for prompt, by in answers.items()]
+    return html_table(rows, ("prompt", "before", "after"))
 
 
 def _pre(text: str) -> str:
