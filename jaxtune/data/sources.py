@@ -87,9 +87,7 @@ def open_records(path_or_id: str, split: str = "train", *, streaming: bool = Fal
         options = {"name": subset} if subset else {}
         loaded = _load(name, f"hub dataset {path_or_id}, split {split!r}", split=split, streaming=streaming, **options)
         records = _of_dataset(path_or_id, loaded)
-    if next(iter(records), None) is None:
-        raise UserError(f"{path_or_id} has no records in split {split!r}; at least one is needed")
-    return records
+    return _with_records(records, f"{path_or_id} has no records in split {split!r}")
 
 
 def from_memory(records: datasets.Dataset | datasets.IterableDataset | Sequence[Mapping[str, Any]]) -> Records:
@@ -106,9 +104,17 @@ def from_memory(records: datasets.Dataset | datasets.IterableDataset | Sequence[
             return (dict(item) if isinstance(item, Mapping) else _no_object(item) for item in items)
 
         found = Records(name, _columns(iterate()), iterate)
-    if next(iter(found), None) is None:
-        raise UserError(f"{name} are none; at least one is needed")
-    return found
+    return _with_records(found, f"{name} are none")
+
+
+def _with_records(records: Records, otherwise: str) -> Records:
+    """The records, of which at least one can be read."""
+    first = next(iter(records), None)
+    if first is None:
+        raise UserError(f"{otherwise}; at least one is needed")
+    if isinstance(first, Unreadable) and all(isinstance(record, Unreadable) for record in records):
+        raise UserError(f"{records.name}, record 1: {first.reason}; no other record can be read either")
+    return records
 
 
 def _from_lines(path: pathlib.Path, kind: str, split: str) -> Records:
@@ -123,8 +129,8 @@ def _from_lines(path: pathlib.Path, kind: str, split: str) -> Records:
 
 
 def _columns(records: Iterable[Record | Unreadable]) -> tuple[str, ...]:
-    sampled = (record for record in itertools.islice(records, _SAMPLED) if not isinstance(record, Unreadable))
-    return tuple(dict.fromkeys(key for record in sampled for key in record))
+    readable = (record for record in records if not isinstance(record, Unreadable))
+    return tuple(dict.fromkeys(key for record in itertools.islice(readable, _SAMPLED) for key in record))
 
 
 def _open_json(path: pathlib.Path) -> Callable[[], Iterator[Record | Unreadable]]:
@@ -250,7 +256,7 @@ def _cut(name: str, split: str, counts: Mapping[str, Callable[[], int]]) -> tupl
     if match is None:
         raise UserError(f"{name}: the split {split!r} cannot be read; write train, train[:90%] or train[100:]")
     if match["name"] not in counts:
-        raise UserError(f"{name} has the splits {', '.join(counts)}, not {match['name']!r}; choose one of them")
+        raise UserError(f"{name} has no split {match['name']!r}; choose from {', '.join(counts)}")
     if match["start"] is None and match["stop"] is None:
         return match["name"], 0, None
     count = counts[match["name"]]()

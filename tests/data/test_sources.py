@@ -91,7 +91,7 @@ def test_saved_directories(tmp_path: pathlib.Path) -> None:
     assert read(tmp_path / "one") == without_nulls(RECORDS)
     assert read(tmp_path / "two", "b") == without_nulls(RECORDS[2:3])
     assert read(tmp_path / "two", "a[2:4]") == without_nulls(RECORDS[2:4])
-    with pytest.raises(UserError, match=r"two has the splits a, b, not 'train'"):
+    with pytest.raises(UserError, match=r"two has no split 'train'; choose from a, b"):
         read(tmp_path / "two")
 
 
@@ -134,7 +134,7 @@ def test_what_cannot_be_read_is_named(tmp_path: pathlib.Path, write_jsonl: Calla
         (tmp_path / "a::b.csv", "train", r"has :: in its path"),
         (tmp_path / "empty.parquet", "train", r"empty\.parquet is empty"),
         (tmp_path, "train", r"holds nothing that datasets' save_to_disk wrote"),
-        (good, "test", r"has the splits train, not 'test'"),
+        (good, "test", r"has no split 'test'; choose from train"),
         (good, "train[:0]", r"has no records in split 'train\[:0\]'"),
         (good, "train[", r"the split 'train\[' cannot be read"),
     ]:
@@ -152,6 +152,9 @@ def test_broken_records_are_told_apart_from_good_ones(tmp_path: pathlib.Path) ->
     assert [isinstance(record, Unreadable) for record in found] == [False, True, True, True, True, False]
     for reason, said in zip(reasons, ["line 2 is not UTF-8", "line 3 is no valid JSON", "line 4 is no", "an object"]):
         assert said in reason
+    path.write_bytes(b'{"text": "a", \n')
+    with pytest.raises(UserError, match=r"broken\.jsonl, record 1: line 1 is no valid JSON .*; correct or remove it"):
+        read(path)
     # A list cut short: what stands before is read.
     path = tmp_path / "broken.json"
     path.write_text('[{"text": "a"}, {"text": "b"}, {"te')

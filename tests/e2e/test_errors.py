@@ -79,7 +79,10 @@ BAD: dict[str, tuple[Prepare, tuple[str, ...]]] = {
     "other columns": (data('{"question": "?", "answer": "!"}\n'), ("question, answer", "fit no form", "rename")),
     "empty data": (data(""), ("bad.jsonl is empty",)),
     "no record": (data("[]", name="bad.json"), ("bad.json",)),
-    "broken JSON": (data('{"instruction": "?", "outp\n'), ("bad.jsonl could not be read",)),
+    "broken JSON": (
+        data('{"instruction": "?", "outp\n'),
+        ("bad.jsonl, record 1: line 1 is no valid JSON", "correct or remove it"),
+    ),
     "field without text": (
         data('{"instruction": "?", "output": "!"}\n{"instruction": "?", "output": null}\n'),
         ("bad.jsonl, record 2: output must be a text",),
