@@ -21,8 +21,11 @@ from pallas_kernels.nf4 import NF4Tensor
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """path: a directory or a GGUF file. hf_config: config.json's content. infos: of the stored tensors, in the order of
-    the files. read: gives a stored tensor. files: those that hold tensors. gguf: the opened file, if it is one.
+    """What all formats have in common.
+
+    path: a directory or a GGUF file. hf_config: config.json's content, with its family's defaults. infos: of the stored
+    tensors, in the order of the files. read: gives a stored tensor. files: those that hold tensors. gguf: the opened
+    file, if it is one.
     """
 
     path: Path
@@ -82,7 +85,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         raise ValueError(f"{path}: {what}; name a model's directory or a .gguf file")
     try:
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-        families.get(config["model_type"])
+        config = {**families.get(config["model_type"]).defaults, **config}
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path / 'config.json'}: it states no model_type; take the model's own file") from error
     bnb4bit.is_quantized(config)

@@ -118,7 +118,7 @@ def _unpacked(tree: Mapping[str, Any], path: tuple[str, ...], packed: dict[str, 
 
 
 def _leaves(tree: Mapping[str, Any], path: tuple[str, ...]) -> list[tuple[tuple[str, ...], np.ndarray]]:
-    pairs = []
+    pairs: list[tuple[tuple[str, ...], np.ndarray]] = []
     for key, value in tree.items():
         pairs += _leaves(value, (*path, key)) if isinstance(value, Mapping) else [((*path, key), value)]
     return pairs

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from transformers import PreTrainedTokenizerFast
 
 from convert.checkpoint import Checkpoint
 from convert.safetensors_io import refuse_existing, write_json
@@ -92,3 +93,20 @@ def write_description(
     checkpoint.gguf.build_tokenizer().save_pretrained(directory)
     ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in config}
     (directory / "generation_config.json").write_text(json.dumps(ids, indent=2) + "\n", encoding="utf-8")
+
+
+def tokenizer_of(checkpoint: Checkpoint) -> PreTrainedTokenizerFast | dict[str, Any]:
+    """What `gguf.writer.write_gguf` takes as a model's tokenizer: that of its directory, or a GGUF file's own metadata.
+
+    Raises:
+        ValueError: there is no tokenizer.json, or it is damaged.
+    """
+    if checkpoint.gguf is not None:
+        return {key: value for key, value in checkpoint.gguf.metadata.items() if key.startswith("tokenizer.")}
+    directory = checkpoint.path
+    if not (directory / "tokenizer.json").is_file():
+        raise ValueError(f"{directory}: tokenizer.json is missing; save the model's fast tokenizer beside it")
+    try:
+        return PreTrainedTokenizerFast.from_pretrained(directory, local_files_only=True)
+    except Exception as error:  # the library raises Exception itself
+        raise ValueError(f"{directory}: its tokenizer is damaged ({error}); take the model's own") from error
