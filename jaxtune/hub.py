@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from huggingface_hub import errors, hf_hub_download, snapshot_download
+from huggingface_hub import HfApi, errors, hf_hub_download, snapshot_download
 
 from jaxtune.errors import UserError
 
@@ -61,6 +61,46 @@ def fetch_config(repo_id: str, revision: str | None, *, local_files_only: bool) 
         return Path(hf_hub_download(repo_id, "config.json", revision=revision, local_files_only=local_files_only))
     except (errors.HFValidationError, errors.HTTPError, OSError) as error:
         raise UserError(_explain(error, repo_id, revision)) from error
+
+
+def check_login(repo_id: str) -> None:
+    """Ask the hub who is logged in, before work is done whose result could not be uploaded.
+
+    Raises:
+        UserError: nobody is, or the hub does not answer.
+    """
+    try:
+        HfApi().whoami()
+    except (errors.HTTPError, errors.LocalTokenNotFoundError, OSError) as error:
+        raise UserError(
+            f"--push-to-hub {repo_id}: the hub knows no login here ({type(error).__name__}); run `hf auth login` "
+            "with a token that may write"
+        ) from error
+
+
+def push(directory: Path, repo_id: str, *, private: bool = True) -> str:
+    """Upload a directory's files as one commit; the repository is made where it is not there.
+
+    Args:
+        directory: what to upload.
+        repo_id: "owner/name".
+        private: of a repository that is made now.
+
+    Returns:
+        The commit's address.
+
+    Raises:
+        UserError: a wrong name, no right to write, or a failed upload; what is in `directory` stays.
+    """
+    api = HfApi()
+    try:
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        return str(api.upload_folder(repo_id=repo_id, folder_path=directory, commit_message="Upload model"))
+    except (errors.HFValidationError, errors.HTTPError, OSError) as error:
+        raise UserError(
+            f"--push-to-hub {repo_id}: the upload failed ({type(error).__name__}: {error}); the files are in "
+            f"{directory}: correct the name or the rights, and upload them with `hf upload {repo_id} {directory}`"
+        ) from error
 
 
 def _explain(error: Exception, repo_id: str, revision: str | None) -> str:

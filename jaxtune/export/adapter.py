@@ -1,4 +1,4 @@
-"""What a run leaves for others: the adapter in PEFT's files, and such an adapter read back."""
+"""A trained adapter in PEFT's files, and such an adapter read back."""
 
 from __future__ import annotations
 

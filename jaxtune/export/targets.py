@@ -1,0 +1,144 @@
+"""A base model and its adapter written in other programs' forms, each into a directory that is already there."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from convert import bnb4bit, flax_tree
+from convert.checkpoint import Checkpoint
+from convert.families.table import Slot
+from convert.gguf.adapter import write_gguf_adapter
+from convert.gguf.ollama import modelfile
+from convert.gguf.writer import write_gguf
+from convert.merge import DTYPES, Base, base_values, merged
+from convert.output import tokenizer_of, write_description
+from convert.progress import Progress
+from convert.safetensors_io import TensorInfo, write_model
+from jaxtune.errors import UserError
+from pallas_kernels import nf4
+from pallas_kernels.nf4 import NF4Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """What is exported.
+
+    checkpoint: the base model's files. frozen: its parameters as they were trained with, on the device. lora: the
+    adapter's tree of NumPy arrays, or {}. scaling: on B A.
+    """
+
+    checkpoint: Checkpoint
+    frozen: dict[str, Any]
+    lora: dict[str, Any]
+    scaling: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Written:
+    """A model that can be read back: where it is, whether in 4 bits, and its precision, a key of `run.LIMITS`."""
+
+    path: Path
+    packed: bool
+    precision: str
+
+
+def write_merged(directory: Path, subject: Subject, base: Base, dtype: str) -> list[Written]:
+    """Dense safetensors that transformers loads."""
+    infos, read = _tensors(subject, base, DTYPES[dtype], directory)
+    write_model(directory, infos, read)
+    write_description(directory, subject.checkpoint, dtype=DTYPES[dtype])
+    return [Written(directory, False, _precision(base, "16 bits"))]
+
+
+def write_merged_4bit(directory: Path, subject: Subject, base: Base, dtype: str) -> list[Written]:
+    """bitsandbytes' NF4, quantised anew from the merged weights."""
+    infos, read = _tensors(subject, base, DTYPES[dtype], directory)
+    linears = {slot.name: slot.is_linear for slot in _slots(subject)}
+    tensors = bnb4bit.packed_model((name, linears[name], read(name)) for name in infos)
+    infos = {name: TensorInfo(tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
+    write_model(directory, infos, tensors.__getitem__)
+    quantization = bnb4bit.quantization_config(compute_dtype=DTYPES[dtype].name)
+    write_description(directory, subject.checkpoint, dtype=DTYPES[dtype], quantization=quantization)
+    return [Written(directory, True, "quantised")]
+
+
+def write_ggufs(
+    directory: Path, subject: Subject, base: Base, file_types: Sequence[str], name: str, tokenizer: Any
+) -> list[Written]:
+    """One GGUF file of each type, from merged weights in float32, and a Modelfile for the first."""
+    written = []
+    for file_type in file_types:
+        path = directory / f"{name}-{file_type}.gguf"
+        infos, read = _tensors(subject, base, DTYPES["fp32"], path)
+        config, vocabulary = subject.checkpoint.hf_config, tokenizer_of(subject.checkpoint)
+        write_gguf(path, config, infos, read, vocabulary, file_type=file_type, name=name)
+        precision = {"F32": "16 bits", "F16": "16 bits", "BF16": "16 bits", "Q8_0": "8 bits"}.get(
+            file_type, "quantised"
+        )
+        written.append(Written(path, False, _precision(base, precision)))
+    text = modelfile(written[0].path.name, tokenizer, _stops(subject.checkpoint, tokenizer))
+    (directory / "Modelfile").write_text(text, encoding="utf-8")
+    return written
+
+
+def write_gguf_lora(directory: Path, subject: Subject, name: str) -> list[Written]:
+    """The adapter alone, for llama.cpp's --lora."""
+    path = directory / f"{name}-lora.gguf"
+    write_gguf_adapter(path, subject.checkpoint.hf_config, subject.lora, subject.scaling)
+    return []
+
+
+def write_flax(directory: Path, subject: Subject) -> list[Written]:
+    """The parameter trees as they are, for any JAX program and for `model.name_or_path`."""
+    variables = {"params": jax.device_get(subject.frozen)} | ({"lora": subject.lora} if subject.lora else {})
+    flax_tree.save_tree(directory, variables, lora_scaling=subject.scaling if subject.lora else None)
+    dtype = np.asarray(subject.frozen["norm"]["scale"]).dtype
+    write_description(directory, subject.checkpoint, dtype=dtype)
+    return [Written(directory, True, "exact")]
+
+
+def _tensors(
+    subject: Subject, base: Base, dtype: np.dtype, path: Path
+) -> tuple[dict[str, TensorInfo], Callable[[str], np.ndarray]]:
+    if base == "original" and subject.checkpoint.is_packed:
+        raise UserError(
+            f"{subject.checkpoint.path}: it is stored in 4 bits and has no original weights; use --base dequantized"
+        )
+    values = base_values(subject.checkpoint, "original") if base == "original" else _as_trained(subject.frozen)
+    infos, read = merged(_slots(subject), values, subject.lora, subject.scaling, dtype)
+    return infos, Progress(f"write {path.name}" if path.suffix == ".gguf" else "write", len(infos)).watch(read)
+
+
+def _slots(subject: Subject) -> list[Slot]:
+    return subject.checkpoint.family.slots(subject.checkpoint.hf_config)
+
+
+def _as_trained(frozen: dict[str, Any]) -> Callable[[Slot], np.ndarray]:
+    """The frozen weights themselves, decoded layer by layer."""
+
+    def values(slot: Slot) -> np.ndarray:
+        leaf: Any = functools.reduce(lambda node, key: node[key], slot.path, frozen)
+        if slot.layer is not None:
+            leaf = jax.tree.map(lambda stack: stack[slot.layer], leaf)
+        return np.asarray(nf4.dequantize(leaf) if isinstance(leaf, NF4Tensor) else leaf)
+
+    return values
+
+
+def _precision(base: Base, precision: str) -> str:
+    # The adapter is added to other weights than it was trained on.
+    return "quantised" if base == "original" else precision
+
+
+def _stops(checkpoint: Checkpoint, tokenizer: Any) -> tuple[str, ...]:
+    """The tokens that the config lets end an answer."""
+    ids = checkpoint.hf_config.get("eos_token_id")
+    ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
+    return tuple(tokenizer.convert_ids_to_tokens(ids))
