@@ -89,7 +89,7 @@ def load_ours(name: str | Path, *, load_in_4bit: bool = False) -> Ours:
 def _logits(frozen: Any, lora: Any, tokens: Any, decoder: DecoderConfig, adaptation: Adaptation) -> jax.Array:
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     hidden, _ = hidden_states(frozen, lora, tokens, positions, None, decoder, adaptation, dtype=jnp.dtype(jnp.float32))
-    return logits(frozen, hidden)
+    return logits(frozen, hidden, decoder)
 
 
 def our_logits(
