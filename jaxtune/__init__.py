@@ -15,7 +15,9 @@ if TYPE_CHECKING:
         SFTConfig,
         SFTTrainer,
         TrainingArguments,
+        get_chat_template,
         is_bfloat16_supported,
+        standardize_sharegpt,
         train_on_responses_only,
     )
     from jaxtune.errors import UserError
@@ -26,7 +28,9 @@ __all__ = [
     "SFTTrainer",
     "TrainingArguments",
     "UserError",
+    "get_chat_template",
     "is_bfloat16_supported",
+    "standardize_sharegpt",
     "train_on_responses_only",
 ]
 

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from jaxtune.errors import UserError
 
 # What to install for each, and the module that is imported.
-_MODULES = {"tensorboard": "tensorboardX", "wandb": "wandb", "trackio": "trackio"}
+MODULES = {"tensorboard": "tensorboardX", "wandb": "wandb", "trackio": "trackio"}
 
 
 class Tracker(Protocol):
@@ -85,9 +85,9 @@ def open_trackers(names: Sequence[str], directory: Path, settings: Mapping[str, 
 
 def _import(name: str) -> Any:
     try:
-        return importlib.import_module(_MODULES[name])
+        return importlib.import_module(MODULES[name])
     except ImportError as error:
         raise UserError(
-            f"output.report_to names {name}, but {_MODULES[name]} cannot be imported ({error}); run: pip install "
+            f"output.report_to names {name}, but {MODULES[name]} cannot be imported ({error}); run: pip install "
             f'"jaxtune[{name}]"'
         ) from error

@@ -11,6 +11,7 @@ from typing import Any
 
 from jaxtune.api.foreign import Foreign, ignored, refused, settle
 from jaxtune.errors import UserError, shown
+from jaxtune.trackers import MODULES
 
 # Names of the same optimizer: state on the device, in 8 bits or in float32.
 OPTIMIZERS = {
@@ -112,7 +113,8 @@ class TrainingArguments:
     logging_steps: between lines where there is no terminal (default 1). save_strategy: steps, epoch or no (one
     checkpoint at the end). save_total_limit: checkpoints kept (default 2). eval_strategy: no (before and after
         training only), steps or epoch. eval_steps: updates between two; logging_steps by default.
-    report_to: "none"; metrics.jsonl is always written.
+    report_to: "none", or services that are given the metrics, too: "tensorboard", "wandb", "trackio", one or several;
+        metrics.jsonl is always written.
     overrides: any other setting of a run by its dotted name, such as {"output.sample_prompts": ["Who are you?"]}.
     """
 
@@ -164,10 +166,10 @@ class TrainingArguments:
         for key, choices in (("save_strategy", ("no", "steps", "epoch")), ("eval_strategy", ("no", "steps", "epoch"))):
             if getattr(self, key) not in choices:
                 raise UserError(f"{name}: {key}={shown(getattr(self, key))}; it must be one of {', '.join(choices)}")
-        if self.report_to not in ("none", None, [], ["none"]):
+        if unknown := set(self.services) - set(MODULES):
             raise UserError(
-                f"{name}: report_to={shown(self.report_to)} is not supported; set report_to='none' (metrics.jsonl in "
-                "output_dir has every step)"
+                f"{name}: report_to={shown(self.report_to)} is not supported ({', '.join(sorted(map(str, unknown)))}); "
+                f"it must be 'none' or among {', '.join(MODULES)}; metrics.jsonl in output_dir has every step"
             )
         if self.warmup_steps and self.warmup_ratio:
             raise UserError(f"{name}: warmup_steps and warmup_ratio both say how long; keep one of them")
@@ -176,10 +178,16 @@ class TrainingArguments:
         if self.fp16 and self.bf16:
             raise UserError(f"{name}: fp16 and bf16 are both asked for; keep one of them")
 
-    def train_section(self, steps_per_epoch: float, remat: str) -> dict[str, Any]:
-        """The keys of a run's `train` section.
+    @property
+    def services(self) -> tuple[str, ...]:
+        """The names in `report_to`."""
+        asked = (self.report_to,) if isinstance(self.report_to, str | None) else tuple(self.report_to)
+        return tuple(name for name in asked if name not in ("none", None))
 
-        steps_per_epoch: updates that one pass over the rows takes. remat: from the model.
+    def train_section(self, steps_per_epoch: float) -> dict[str, Any]:
+        """The keys of a run's `train` section, but for those that the model has.
+
+        steps_per_epoch: updates that one pass over the rows takes.
         """
         if self.optim.startswith("paged_"):
             message = f"optim={self.optim!r} is not paged: the optimizer's state stays on the device"
@@ -206,7 +214,6 @@ class TrainingArguments:
             "adam_beta2": self.adam_beta2,
             "adam_epsilon": self.adam_epsilon,
             "max_grad_norm": self.max_grad_norm or None,
-            "remat": remat,
             "seed": self.seed,
             "logging_steps": self.logging_steps,
             "eval_steps": every,
@@ -216,7 +223,7 @@ class TrainingArguments:
         """The keys of a run's `output` section; programs are not cached, as that is the process's to decide."""
         every = {"no": None, "epoch": _whole(steps_per_epoch), "steps": self.save_steps}[self.save_strategy]
         kept = {} if self.save_total_limit is None else {"save_total_limit": self.save_total_limit}
-        return {"dir": self.output_dir, "save_steps": every, "compile_cache": None, **kept}
+        return {"dir": self.output_dir, "save_steps": every, "compile_cache": None, "report_to": self.services, **kept}
 
 
 @dataclasses.dataclass(init=False)

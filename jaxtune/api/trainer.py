@@ -6,6 +6,7 @@ import dataclasses
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -20,8 +21,13 @@ from jaxtune.data.dataset import Dataset, build
 from jaxtune.data.loader import Loader
 from jaxtune.data.sources import from_memory
 from jaxtune.errors import UserError, shown
+from jaxtune.evaluation import held_out
+from jaxtune.lora import init_lora
 from jaxtune.metrics import Progress, read_metrics
 from jaxtune.run_directory import RunDirectory
+from jaxtune.step import batch_sharding, jit_eval_step, make_mesh
+from jaxtune.structure import step_settings
+from jaxtune.trackers import check_installed
 from jaxtune.train import fit
 
 if TYPE_CHECKING:
@@ -139,6 +145,7 @@ class SFTTrainer:
                 "checkpoint in output_dir), 'auto' or None"
             )
         started = time.perf_counter()
+        check_installed(self.args.services)
         train_data, eval_data = self._datasets()
         config = self.run_config(train_data)
         model = self.model
@@ -158,6 +165,32 @@ class SFTTrainer:
             metrics["eval_loss"] = outcome.eval_loss
         return TrainOutput(outcome.steps, loss, metrics)
 
+    def evaluate(self) -> dict[str, float]:
+        """The held-out loss of the model as it is now, and its perplexity.
+
+        Raises:
+            UserError: the trainer has no eval_dataset.
+        """
+        train_data, eval_data = self._datasets()
+        if eval_data is None:
+            raise UserError("evaluate: there is nothing to measure on; give SFTTrainer an eval_dataset")
+        config, base, mesh = self.run_config(train_data), self.model.base, make_mesh(1, 1, 1)
+        step = jit_eval_step(step_settings(config, base.decoder, base.dtype, "none"), mesh)
+        lora = init_lora(config.lora, base.decoder) if self.model.lora is None else self.model.lora
+
+        def place(batch: Any) -> Any:
+            return jax.device_put(batch, batch_sharding(mesh))
+
+        return held_out({"eval": eval_data}, config.train.batch_size, place, step, lora, self.model.frozen)
+
+    def save_model(self, output_dir: str | Path | None = None) -> None:
+        """Write the adapter and the tokenizer, to output_dir/adapter of the run if no directory is named, which
+        replaces what training has left there."""
+        if output_dir is None:
+            self.model.save_pretrained(Path(self.args.output_dir) / "adapter", self.tokenizer, overwrite=True)
+        else:
+            self.model.save_pretrained(output_dir, self.tokenizer)
+
     def run_config(self, train_data: Dataset | None = None) -> RunConfig:
         """The run as `python -m jaxtune.train` would have it in a file."""
         train_data = self._datasets()[0] if train_data is None else train_data
@@ -169,7 +202,11 @@ class SFTTrainer:
                 "model": dataclasses.asdict(self.model.config),
                 "lora": dataclasses.asdict(self.model.lora_config),  # type: ignore[arg-type]  # checked above
                 "data": self._data_section(),
-                "train": args.train_section(per_epoch, self.model.remat),
+                "train": {
+                    **args.train_section(per_epoch),
+                    "remat": self.model.remat,
+                    "memory_limit": self.model.memory_limit,
+                },
                 "output": args.output_section(per_epoch),
             }
         )

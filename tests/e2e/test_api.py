@@ -94,7 +94,7 @@ trainer_stats = trainer.train()
 print(trainer_stats.metrics["train_runtime"], "seconds used for training.")
 
 FastLanguageModel.for_inference(model) # Enable native 2x faster inference
-inputs = tokenizer([alpaca_prompt.format("What colour is sky?", "")])
+inputs = tokenizer([alpaca_prompt.format("What colour is sky?", "")], return_tensors = "pt").to("cuda")
 out = model.generate(**inputs, max_new_tokens = 12, use_cache = True)
 print("ANSWER", tokenizer.batch_decode(out)[0].split("### Response:\\n")[1])
 
