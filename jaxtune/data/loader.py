@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 import queue
 import threading
@@ -68,19 +69,23 @@ class Loader:
         """The batch of a step, counted from 0, of a run that has taken all steps with this loader."""
         return next(self.batches(self.position(step)))[0]
 
+    def rows(self, position: Position = Position()) -> Iterator[tuple[list[int], Position]]:
+        """The documents of one row after another, without end from a position on, and the position after each."""
+        while True:
+            plan = self._plan(position.epoch)
+            if position.row < len(plan):
+                row, position = plan.row(position.row), Position(position.epoch, position.row + 1)
+                yield row, position
+            else:
+                position = Position(position.epoch + 1, 0)
+
     def batches(self, position: Position = Position()) -> Iterator[tuple[Batch, Position]]:
         """Batches without end from a position on, each [accumulation, batch_size, T], and the position after each."""
+        rows = self.rows(position)
         while True:
-            rows: list[list[int]] = []
-            while len(rows) < math.prod(self.shape):
-                plan = self._plan(position.epoch)
-                if position.row < len(plan):
-                    rows.append(plan.row(position.row))
-                    position = Position(position.epoch, position.row + 1)
-                else:
-                    position = Position(position.epoch + 1, 0)
-            batch = lay_out(self.data.documents, rows, self.data.max_length)
-            yield {name: values.reshape(*self.shape, -1) for name, values in batch.items()}, position
+            taken = list(itertools.islice(rows, math.prod(self.shape)))
+            batch = lay_out(self.data.documents, [row for row, _ in taken], self.data.max_length)
+            yield {name: values.reshape(*self.shape, -1) for name, values in batch.items()}, taken[-1][1]
 
     def _make_plan(self, epoch: int) -> RowPlan:
         data = self.data

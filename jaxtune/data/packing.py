@@ -18,7 +18,7 @@ WINDOW = 8192
 
 
 class Documents:
-    """Documents laid end to end in two arrays, which cost 8 bytes a token."""
+    """Documents laid end to end in two arrays, which cost 8 bytes a token. records: the number of each one's record."""
 
     def __init__(self, documents: Iterable[Document]) -> None:
         listed = list(documents)
@@ -27,13 +27,14 @@ class Documents:
         self.weights: Float32[np.ndarray, " n"] = np.concatenate([d.weights for d in listed] or empty, dtype=np.float32)
         self.lengths: Int[np.ndarray, " documents"] = np.array([len(d.tokens) for d in listed], np.int64)
         self.starts: Int[np.ndarray, " documents"] = np.cumsum(self.lengths) - self.lengths
+        self.records: Int[np.ndarray, " documents"] = np.array([d.record for d in listed], np.int64)
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def __getitem__(self, index: int) -> Document:
         place = slice(self.starts[index], self.starts[index] + self.lengths[index])
-        return Document(self.tokens[place], self.weights[place])
+        return Document(self.tokens[place], self.weights[place], int(self.records[index]))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

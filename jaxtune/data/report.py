@@ -33,6 +33,7 @@ def describe(name: str, data: Dataset) -> str:
     lines.append(
         "  lengths: median {}, 90 % up to {}, 99 % up to {}, longest {}".format(*quantiles, int(lengths.max()))
     )
+    lines += _draw_histogram(data)
     return "\n".join(lines)
 
 
@@ -44,16 +45,15 @@ def histogram(data: Dataset) -> list[tuple[int, int]]:
     return [(1 << power, int(counts[power])) for power in range(powers.min(), len(counts))]
 
 
-def draw_histogram(data: Dataset) -> str:
-    """The histogram as lines with bars."""
+def _draw_histogram(data: Dataset) -> list[str]:
     bars = histogram(data)
     most = max(count for _, count in bars)
     lines = []
     for limit, count in bars:
         eighths = round(8 * _BAR_WIDTH * count / most)
         bar = _BAR[-1] * (eighths // 8) + (_BAR[eighths % 8 - 1] if eighths % 8 else "")
-        lines.append(f"  up to {limit:>7,} tokens {count:>9,} {bar}")
-    return "\n".join(lines)
+        lines.append(f"  up to {limit:>7,} tokens {count:>9,} {bar}".rstrip())
+    return lines
 
 
 def _describe_source(source: Source) -> list[str]:
