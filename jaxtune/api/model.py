@@ -15,8 +15,9 @@ from jaxtune.api.foreign import Foreign, ignored, refused, settle
 from jaxtune.base import BaseModel
 from jaxtune.config import LoraConfig, ModelConfig
 from jaxtune.decoding import Generator
-from jaxtune.errors import UserError
+from jaxtune.errors import UserError, shown
 from jaxtune.export import save_peft_adapter
+from jaxtune.export.live import export_live
 from jaxtune.generate import model_stop_ids
 from jaxtune.linear import Adaptation
 from jaxtune.loading import read_hf_config, tensors_of
@@ -184,16 +185,80 @@ class Model:
             overwrite=overwrite,
         )
 
+    def save_pretrained_merged(
+        self,
+        save_directory: str | Path,
+        tokenizer: Any = None,
+        save_method: str = "merged_16bit",
+        *,
+        overwrite: bool = False,
+        **others: Any,
+    ) -> None:
+        """Write the weights with the adapter added to them, for transformers and vLLM, and the tokenizer.
+
+        The adapter is added to the weights as it was trained with them, 4-bit rounding included: what is written
+        answers as this model does. `python -m jaxtune.export` also reads it back and compares logits.
+
+        save_method: merged_16bit (bfloat16), merged_4bit (bitsandbytes NF4, rounded anew), or lora (the adapter alone).
+
+        Raises:
+            UserError: something is at save_directory and `overwrite` is false, or an unknown method.
+        """
+        settle("save_pretrained_merged", others, SAVE, ("save_directory", "tokenizer", "save_method", "overwrite"))
+        if save_method == "lora":
+            self.save_pretrained(save_directory, tokenizer, overwrite=overwrite)
+            return
+        if save_method not in MERGED:
+            raise UserError(
+                f"save_pretrained_merged: save_method={shown(save_method)}; it must be lora or one of "
+                f"{', '.join(MERGED)}"
+            )
+        self._export(save_directory, MERGED[save_method], tokenizer, overwrite=overwrite)
+
+    def save_pretrained_gguf(
+        self,
+        save_directory: str | Path,
+        tokenizer: Any = None,
+        quantization_method: str | Sequence[str] = "q8_0",
+        *,
+        overwrite: bool = False,
+        **others: Any,
+    ) -> None:
+        """Write GGUF files for llama.cpp with the adapter added to the weights, and a Modelfile for Ollama.
+
+        quantization_method: f32, f16, bf16, q8_0, q4_0, q5_0, q4_k_m, q5_k_m or q6_k; one or several.
+
+        Raises:
+            UserError: something is at save_directory and `overwrite` is false, or an unknown method.
+        """
+        known = ("save_directory", "tokenizer", "quantization_method", "overwrite")
+        settle("save_pretrained_gguf", others, SAVE, known)
+        methods = [quantization_method] if isinstance(quantization_method, str) else quantization_method
+        types = [GGUF_METHODS.get(method, method.upper()) for method in methods]
+        self._export(save_directory, "gguf", tokenizer, file_types=types, overwrite=overwrite)
+
+    def _export(self, directory: str | Path, target: str, tokenizer: Any, **settings: Any) -> None:
+        tokenizer = self.base.tokenizer if tokenizer is None else tokenizer
+        export_live(
+            directory, target, self.base.source, self.frozen, self.lora or {}, self.lora_config, tokenizer, **settings
+        )
+
     def _adapter_config(self) -> LoraConfig:
         if self.lora_config is None:
             raise UserError("the model has no adapter; make one with FastLanguageModel.get_peft_model")
         return self.lora_config
 
 
+# Unsloth's names.
+MERGED = {"merged_16bit": "merged", "merged_4bit": "merged-4bit", "merged_4bit_forced": "merged-4bit"}
+GGUF_METHODS = {"not_quantized": "BF16", "fast_quantized": "Q8_0", "quantized": "Q4_K_M"}
 SAVE: dict[str, Foreign] = {
     "safe_serialization": refused("safetensors are written", True),
     "save_adapter": ignored("the adapter is what is saved", True),
     "push_to_hub": refused("upload the directory with `hf upload`", False),
+    "token": refused("nothing is uploaded", ""),
+    "first_conversion": ignored("weights are converted once"),
+    "temporary_location": ignored("what is written has its name only when it is whole"),
     "maximum_memory_usage": ignored("one tensor at a time is held"),
 }
 

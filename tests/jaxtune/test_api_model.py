@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import jax
 import numpy as np
 import pytest
 from runs import save_model
@@ -16,6 +17,8 @@ from transformers import TextStreamer
 
 from jaxtune import FastLanguageModel, SFTConfig, SFTTrainer, UserError, get_chat_template, standardize_sharegpt
 from jaxtune.api.model import Model
+from jaxtune.config import LoraConfig
+from jaxtune.lora import init_lora
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +117,29 @@ def test_adapters(loaded: tuple[Model, Any], tmp_path: Path, capsys: pytest.Capt
         model.save_pretrained(tmp_path / "none")
     with pytest.raises(UserError, match="use_dora=True is not supported"):
         FastLanguageModel.get_peft_model(model, use_dora=True)
+
+
+def test_merged_models_answer_as_the_adapter_does(loaded: tuple[Model, Any], tmp_path: Path) -> None:
+    """Weights are rounded to bfloat16 as they are written: first tokens, which are no ties."""
+    model, tokenizer = loaded
+    adapted = FastLanguageModel.get_peft_model(model, r=4)
+    lora: Any = init_lora(LoraConfig(r=4), model.base.decoder)
+    adapted.lora = jax.tree.map(lambda leaf: leaf + 0.1, lora)
+    expected = adapted.generate([[5, 9], [7, 3]], max_new_tokens=3)
+    assert (expected != model.generate([[5, 9], [7, 3]], max_new_tokens=3)).any()
+    adapted.save_pretrained_merged(tmp_path / "merged", tokenizer, save_method="merged_16bit")
+    adapted.save_pretrained_gguf(tmp_path / "gguf", tokenizer, quantization_method=["q8_0", "bf16"])
+    assert {path.name for path in (tmp_path / "gguf").iterdir()} == {"gguf-Q8_0.gguf", "gguf-BF16.gguf", "Modelfile"}
+    for path in (tmp_path / "merged", tmp_path / "gguf/gguf-BF16.gguf"):
+        again, _ = FastLanguageModel.from_pretrained(str(path), load_in_4bit=False)
+        np.testing.assert_array_equal(again.generate([[5, 9], [7, 3]], max_new_tokens=3), expected)
+    with pytest.raises(UserError, match="exists"):
+        adapted.save_pretrained_merged(tmp_path / "merged", tokenizer)
+    with pytest.raises(UserError, match="must be lora or one of merged_16bit"):
+        adapted.save_pretrained_merged(tmp_path / "other", tokenizer, save_method="merged_8bit")
+    with pytest.raises(UserError, match="choose one of"):
+        adapted.save_pretrained_gguf(tmp_path / "other", tokenizer, quantization_method="q2_k")
+    assert not (tmp_path / "other").exists()
 
 
 @pytest.mark.slow
