@@ -110,6 +110,8 @@ class ModelConfig:
     load_in_4bit: hold the linears' weights as NF4; otherwise in `dtype`.
     double_quant: 8-bit scales (bitsandbytes' bnb_4bit_use_double_quant).
     dtype: compute dtype. auto is bf16 where the hardware has it, fp16 with loss scaling on older GPUs, fp32 on a CPU.
+    embedding_on_host: hold the embedding table in host memory in training, and send the rows that each batch needs;
+        not for models whose head is the same matrix.
     """
 
     name_or_path: str
@@ -119,6 +121,7 @@ class ModelConfig:
     load_in_4bit: bool = True
     double_quant: bool = True
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    embedding_on_host: bool = False
 
     def __post_init__(self) -> None:
         _check_types("model", self)
@@ -293,7 +296,8 @@ class TrainConfig:
         a part. seed: of data order and dropout.
     learning_rate: peak. lr_scheduler_type: constant, linear or cosine (to zero) after warmup_steps.
     warmup_steps: updates in which the rate rises from zero to its peak.
-    optim: adamw (fp32 state) or adamw_8bit (bitsandbytes' block-wise 8-bit state).
+    optim: adamw (fp32 state), adamw_8bit (bitsandbytes' block-wise 8-bit state), or paged_adamw_8bit (the same in host
+        memory between updates).
     weight_decay: decoupled, of every adapter matrix. adam_beta1, adam_beta2: decay of the moments.
     adam_epsilon: added to the root of the second moment.
     max_grad_norm: global-norm clipping; None for no clipping.
@@ -314,7 +318,7 @@ class TrainConfig:
     learning_rate: float = 2e-4
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = "linear"
     warmup_steps: int = 0
-    optim: Literal["adamw", "adamw_8bit"] = "adamw_8bit"
+    optim: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = "adamw_8bit"
     weight_decay: float = 0.0
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999
@@ -326,6 +330,11 @@ class TrainConfig:
     logging_steps: int = 1
     eval_steps: int | None = None
     memory_limit: str | None = None
+
+    @property
+    def is_paged(self) -> bool:
+        """Whether the optimizer's state is in host memory between updates."""
+        return self.optim.startswith("paged_")
 
     def __post_init__(self) -> None:
         _check_types("train", self)

@@ -137,7 +137,8 @@ def measure_model(config: RunConfig, hf_config: dict[str, Any], dtype: str) -> M
     numpy_dtype = resolve_dtype(dtype)
     decoder = DecoderConfig.from_hf(hf_config)
     frozen = frozen_structure(hf_config, config.model, numpy_dtype)
-    one_a_byte = frozen_structure(hf_config, dataclasses.replace(config.model, load_in_4bit=False), "uint8")
+    whole = dataclasses.replace(config.model, load_in_4bit=False, embedding_on_host=False)
+    one_a_byte = frozen_structure(hf_config, whole, "uint8")
     state = state_structure(config, decoder, numpy_dtype)
     sizes = [out * into for out, into in decoder.linear_shapes().values()]
     return Model(
@@ -187,18 +188,21 @@ def estimate_memory(config: RunConfig, model: Model, device: Device, dtype: str,
     several = unrolled and not fused
     decoded_elements = _DECODED_LAYERS_UNROLLED * model.linears if several else _DECODED_WEIGHTS * model.widest
     chunk = min(tokens, config.train.loss_chunk or chunk_tokens(decoder.vocab_size))
-    offloaded = decoder.num_layers * size * tokens * decoder.hidden_size if policy in OFFLOADED else 0
+    offloaded = model.optimizer if config.train.is_paged else 0
+    if config.model.embedding_on_host:
+        offloaded += size * decoder.vocab_size * decoder.hidden_size
+    offloaded += decoder.num_layers * size * tokens * decoder.hidden_size if policy in OFFLOADED else 0
     return Memory(
         weights=model.weights,
         adapters=model.adapters,
-        optimizer=model.optimizer,
+        optimizer=0 if config.train.is_paged else model.optimizer,
         gradients=gradients + sums,
         kept=kept,
         layer=layer,
         decoded=int(size * decoded_elements) if model.packed else 0,
         # Logits in float32, their gradient in 16 bits, and the hidden states in the order they are learnt in.
         logits=6 * chunk * decoder.vocab_size + 4 * size * tokens * decoder.hidden_size,
-        update=int(_UPDATE * 4 * model.trainable),
+        update=int(_UPDATE * 4 * model.trainable) + (model.optimizer if config.train.is_paged else 0),
         host=_HOST_PROCESS["cpu" if device.capability is None else "gpu"] + offloaded,
     )
 

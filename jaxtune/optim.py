@@ -38,6 +38,10 @@ class Adam8bitState(NamedTuple):
     moments: Any
 
 
+class ApplyingTransformation(optax.GradientTransformationExtraArgs):
+    """optax's, whose `update` gives the parameters after it with `apply=True`."""
+
+
 def adamw_8bit(
     learning_rate: optax.ScalarOrSchedule,
     b1: float = 0.9,
@@ -73,8 +77,9 @@ def adamw_8bit(
         return Adam8bitState(jnp.zeros((), jnp.int32), jax.tree_util.tree_map_with_path(init_one, params))
 
     def update(
-        grads: optax.Updates, state: Adam8bitState, params: optax.Params | None = None
+        grads: optax.Updates, state: Adam8bitState, params: optax.Params | None = None, *, apply: bool = False
     ) -> tuple[optax.Updates, Adam8bitState]:
+        """`apply`: give the parameters after the update instead of the update."""
         if params is None:
             raise ValueError("adamw_8bit: update needs the parameters; pass them as its third argument")
         step = state.step + 1
@@ -93,20 +98,32 @@ def adamw_8bit(
                     eps=eps,
                     weight_decay=weight_decay,
                     block_size=block_size,
+                    apply=apply,
                     implementation=implementation,
                 )
             g = grad.astype(jnp.float32)
             m = b1 * moments.m + (1 - b1) * g
             v = b2 * moments.v + (1 - b2) * jnp.square(g)
             direction = adam_direction(m, v, step, b1, b2, eps) + weight_decay * param.astype(jnp.float32)
-            return -rate * direction, Moments32(m, v)
+            change = -rate * direction
+            return (param + change).astype(param.dtype) if apply else change, Moments32(m, v)
 
         results = jax.tree.map(update_one, grads, state.moments, params)
         updates = jax.tree.map(lambda _, result: result[0], grads, results)
         moments = jax.tree.map(lambda _, result: result[1], grads, results)
         return updates, Adam8bitState(step, moments)
 
-    return optax.GradientTransformation(init, update)
+    return ApplyingTransformation(init, update)
+
+
+def updated(
+    optimizer: optax.GradientTransformation, gradient: optax.Updates, state: Any, params: optax.Params
+) -> tuple[optax.Params, Any]:
+    """Parameters and optimizer state after one update, without an array for the update itself where possible."""
+    if isinstance(optimizer, ApplyingTransformation):
+        return optimizer.update(gradient, state, params, apply=True)
+    updates, state = optimizer.update(gradient, state, params)
+    return optax.apply_updates(params, updates), state
 
 
 def adamw(
@@ -148,7 +165,7 @@ def make_schedule(config: TrainConfig, total_steps: int) -> optax.Schedule:
 
 def make_optimizer(config: TrainConfig, total_steps: int) -> optax.GradientTransformation:
     """The optimizer of a run of `total_steps` updates, for parameters whose layers are stacked below "layers"."""
-    optimizer = {"adamw": adamw, "adamw_8bit": adamw_8bit}[config.optim]
+    optimizer = {"adamw": adamw, "adamw_8bit": adamw_8bit, "paged_adamw_8bit": adamw_8bit}[config.optim]
     return optimizer(
         make_schedule(config, total_steps),
         config.adam_beta1,

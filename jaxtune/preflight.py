@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import jax
 
-from jaxtune.config import MeshConfig, TrainConfig
+from jaxtune.config import MeshConfig, ModelConfig, TrainConfig
 from jaxtune.data.dataset import Dataset
 from jaxtune.data.loader import Loader
 from jaxtune.errors import UserError
@@ -27,6 +27,15 @@ def check_vocabulary(datasets: Sequence[Dataset], prompts: Mapping[str, list[int
         raise UserError(
             f"the tokenizer gives token {largest}, but the model's vocabulary has {decoder.vocab_size} entries; "
             "use the tokenizer that belongs to the model"
+        )
+
+
+def check_embedding(config: ModelConfig, decoder: DecoderConfig) -> None:
+    """Raise UserError where the table is to stay on the host, but is the head, too."""
+    if config.embedding_on_host and decoder.tie_word_embeddings:
+        raise UserError(
+            "model.embedding_on_host is true, but this model's head is its embedding table, which the device needs "
+            "whole; set it to false"
         )
 
 

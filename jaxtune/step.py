@@ -19,6 +19,7 @@ from jaxtune.linear import Adaptation
 from jaxtune.loss_scale import LossScale
 from jaxtune.models.config import DecoderConfig
 from jaxtune.models.decoder import Tree, head_weight, hidden_states
+from jaxtune.optim import updated
 from jaxtune.remat import MLP_CHUNK, OFFLOADED, remat_wrapper
 from pallas_kernels.cross_entropy import linear_cross_entropy
 
@@ -47,7 +48,8 @@ class StepConfig:
 
     dtype: compute dtype. adaptation: how adapters act. packed: rows hold several documents (batches carry segment_ids).
     remat: policy of jaxtune.remat. unroll: layers unrolled instead of scanned. max_grad_norm: clipping, or None.
-    loss_chunk: tokens of logits at a time, or None.
+    loss_chunk: tokens of logits at a time, or None. paged: the optimizer's state is in host memory between
+    updates.
     """
 
     decoder: DecoderConfig
@@ -58,6 +60,7 @@ class StepConfig:
     unroll: bool = False
     max_grad_norm: float | None = None
     loss_chunk: int | None = None
+    paged: bool = False
 
 
 def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
@@ -70,6 +73,13 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
 def replicated(mesh: Mesh) -> NamedSharding:
     """Every device holds the whole array."""
     return NamedSharding(mesh, P())
+
+
+def state_sharding(mesh: Mesh, *, paged: bool) -> Any:
+    """A `TrainState` of where its parts are between steps: on every device, and with `paged` the optimizer's state in
+    pinned host memory."""
+    whole: Any = replicated(mesh)
+    return TrainState(whole, whole, whole.with_memory_kind("pinned_host") if paged else whole, whole, whole)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -87,7 +97,8 @@ def init_state(lora: Any, optimizer: optax.GradientTransformation, seed: int, dt
 def batch_loss(lora: Tree, frozen: Tree, batch: Batch, config: StepConfig, dropout_key: Array | None) -> Array:
     """Sum over the batch's learnt tokens of their negative log likelihood, float32.
 
-    batch: tokens, targets, positions, segment_ids (int32 [B, T]) and loss_weights (float32 [B, T]).
+    batch: tokens, targets, positions, segment_ids (int32 [B, T]) and loss_weights (float32 [B, T]); and embedded
+    [B, T, D], the tokens' rows of the embedding table, where `frozen` has none.
     """
     memory_kinds = {memory.kind for memory in jax.devices()[0].addressable_memories()}
     remat = remat_wrapper(config.remat, memory_kinds, unrolled=config.unroll)
@@ -104,6 +115,7 @@ def batch_loss(lora: Tree, frozen: Tree, batch: Batch, config: StepConfig, dropo
         remat=remat,
         unroll=config.unroll,
         mlp_chunk=MLP_CHUNK.get(config.remat),
+        embedded=batch.get("embedded"),
     )
     return linear_cross_entropy(
         hidden,
@@ -167,8 +179,12 @@ def train_step(
     if config.max_grad_norm is not None:
         clip = jnp.minimum(1.0, config.max_grad_norm / (norm + 1e-6))
         gradient = jax.tree.map(lambda g: g * clip, gradient)
-    updates, opt_state = optimizer.update(gradient, state.opt_state, state.lora)
-    lora = optax.apply_updates(state.lora, updates)
+    opt_state = state.opt_state
+    if config.paged:
+        # Tied to the norm: nothing needs the state before the gradients are there.
+        opt_state, norm = lax.optimization_barrier((opt_state, norm))
+        opt_state = jax.device_put(opt_state, jax.memory.Space.Device)
+    lora, opt_state = updated(optimizer, gradient, opt_state, state.lora)
     if state.loss_scale is not None:
         finite = jnp.isfinite(norm)
         keep = partial(jnp.where, finite)
@@ -189,8 +205,9 @@ def jit_train_step(
 ) -> Callable[[TrainState, Tree, Batch], tuple[TrainState, dict[str, Array]]]:
     """`train_step` compiled for the mesh; the state's buffers are donated."""
     step = partial(train_step, optimizer=optimizer, config=config)
+    out = state_sharding(mesh, paged=config.paged), replicated(mesh)
     options = _compiler_options(config.remat, mesh.devices.flat[0].platform)
-    return jax.jit(step, donate_argnums=0, out_shardings=replicated(mesh), compiler_options=options)
+    return jax.jit(step, donate_argnums=0, out_shardings=out, compiler_options=options)
 
 
 def _compiler_options(remat: str, platform: str) -> dict[str, bool] | None:

@@ -17,7 +17,16 @@ from jaxtune.lora import adaptation, init_lora
 from jaxtune.models.config import DecoderConfig
 from jaxtune.optim import make_optimizer
 from jaxtune.remat import UNROLLED
-from jaxtune.step import StepConfig, TrainState, batch_sharding, init_state, jit_train_step, make_mesh, replicated
+from jaxtune.step import (
+    StepConfig,
+    TrainState,
+    batch_sharding,
+    init_state,
+    jit_train_step,
+    make_mesh,
+    replicated,
+    state_sharding,
+)
 from pallas_kernels import nf4
 
 
@@ -34,6 +43,8 @@ def frozen_structure(hf_config: Mapping[str, Any], config: ModelConfig, dtype: A
     slots = tensors_of(hf_config)
     skipped = quantization.get("llm_int8_skip_modules") or ()
     dense = {slot.path for slot in slots if any(module in slot.name for module in skipped)}
+    if config.embedding_on_host:
+        slots = [slot for slot in slots if slot.path[0] != "embed_tokens"]
     tree: dict[str, Any] = {}
     for slot in slots:
         if slot.layer not in (None, 0):
@@ -60,12 +71,17 @@ def state_structure(config: RunConfig, decoder: DecoderConfig, dtype: Any, total
 
 
 def batch_structure(
-    config: RunConfig, sharding: jax.sharding.Sharding | None = None
+    config: RunConfig, sharding: jax.sharding.Sharding | None = None, *, embedded: tuple[int, Any] | None = None
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """One batch [accumulation, B, T] as `data.loader.Loader` gives it."""
+    """One batch [accumulation, B, T] as `data.loader.Loader` gives it; with the tokens' `embedded` rows of this width
+    and dtype where the table is on the host."""
     shape = config.train.gradient_accumulation_steps, config.train.batch_size, config.data.max_length
     dtypes = dict.fromkeys(("tokens", "targets", "positions", "segment_ids"), jnp.int32) | {"loss_weights": jnp.float32}
-    return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in dtypes.items()}
+    batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in dtypes.items()}
+    if config.model.embedding_on_host and embedded is not None:
+        width, dtype = embedded
+        batch["embedded"] = jax.ShapeDtypeStruct((*shape, width), dtype, sharding=sharding)
+    return batch
 
 
 def step_settings(config: RunConfig, decoder: DecoderConfig, dtype: Any, policy: str) -> StepConfig:
@@ -80,6 +96,7 @@ def step_settings(config: RunConfig, decoder: DecoderConfig, dtype: Any, policy:
         unroll=policy in UNROLLED and jax.default_backend() == "gpu",
         max_grad_norm=train.max_grad_norm,
         loss_chunk=train.loss_chunk,
+        paged=train.is_paged,
     )
 
 
@@ -88,15 +105,16 @@ def compile_step(config: RunConfig, hf_config: Mapping[str, Any], dtype: Any, po
     decoder = DecoderConfig.from_hf(hf_config)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
 
-    def placed(leaf: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated(mesh))
+    def placed(sharding: Any, tree: Any) -> Any:
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
 
-    frozen = jax.tree.map(placed, frozen_structure(hf_config, config.model, dtype))
-    state = jax.tree.map(placed, state_structure(config, decoder, dtype))
-    # The horizon changes constants only.
     settings = step_settings(config, decoder, dtype, policy)
+    frozen = placed(replicated(mesh), frozen_structure(hf_config, config.model, dtype))
+    state = jax.tree.map(placed, state_sharding(mesh, paged=settings.paged), state_structure(config, decoder, dtype))
+    # The horizon changes constants only.
     jitted: Any = jit_train_step(make_optimizer(config.train, 1000), settings, mesh)
-    compiled: jax.stages.Compiled = jitted.lower(state, frozen, batch_structure(config, batch_sharding(mesh))).compile()
+    batch = batch_structure(config, batch_sharding(mesh), embedded=(decoder.hidden_size, dtype))
+    compiled: jax.stages.Compiled = jitted.lower(state, frozen, batch).compile()
     return compiled
 
 

@@ -32,17 +32,26 @@ from jaxtune.environment import versions
 from jaxtune.errors import UserError
 from jaxtune.evaluation import held_out
 from jaxtune.export import save_peft_adapter
+from jaxtune.host_embedding import HostEmbedding
 from jaxtune.loading import read_hf_config
 from jaxtune.lora import count_parameters, init_lora
 from jaxtune.memory import check_fits, device_peak, fits, out_of_memory, tree_bytes
 from jaxtune.metrics import MetricsWriter, Progress, format_bytes, host_peak_rss, host_rss
 from jaxtune.optim import make_optimizer, make_schedule
 from jaxtune.planning import check_plan
-from jaxtune.preflight import check_devices, check_vocabulary, count_steps
+from jaxtune.preflight import check_devices, check_embedding, check_vocabulary, count_steps
 from jaxtune.report import write_report
 from jaxtune.run_directory import Resume, RunDirectory
 from jaxtune.samples import answer, encode_prompt
-from jaxtune.step import batch_sharding, init_state, jit_eval_step, jit_train_step, make_mesh, replicated
+from jaxtune.step import (
+    batch_sharding,
+    init_state,
+    jit_eval_step,
+    jit_train_step,
+    make_mesh,
+    replicated,
+    state_sharding,
+)
 from jaxtune.stopping import StopRequests
 from jaxtune.structure import step_settings
 from jaxtune.trackers import check_installed, open_trackers
@@ -120,6 +129,7 @@ def fit(
     prompts = {prompt: encode_prompt(base.tokenizer, prompt) for prompt in output.sample_prompts}
     held_out_sets = {"eval": eval_data} if isinstance(eval_data, Dataset) else dict(eval_data or {})
     check_vocabulary([train_data, *held_out_sets.values()], prompts, decoder)
+    check_embedding(config.model, decoder)
     described = [describe(name, data) for name, data in {"train": train_data, **held_out_sets}.items()]
     for text in described:
         progress.note(text)
@@ -133,7 +143,8 @@ def fit(
     # Adapter and optimizer, new or from a checkpoint: what forbids to resume also shows before the weights are read.
     optimizer, schedule = make_optimizer(settings, total_steps), make_schedule(settings, total_steps)
     lora = init_lora(config.lora, decoder) if lora is None else lora
-    state = jax.device_put(init_state(lora, optimizer, settings.seed, base.dtype), replicated(mesh))
+    state = init_state(lora, optimizer, settings.seed, base.dtype)
+    state = jax.device_put(state, state_sharding(mesh, paged=settings.is_paged))
     contents = train_data.fingerprint, base.fingerprint, base.dtype.name
     meta, position = run_meta(config, *contents), Position()
     if directory.resumes:
@@ -151,9 +162,14 @@ def fit(
     # The frozen model, unless it is known beforehand that it is too large.
     plan = check_plan(config, read_hf_config(base.source))
     progress.note(plan.short())
-    memory = {"adapter": tree_bytes(state.lora), "optimizer": tree_bytes(state.opt_state)}
+    memory = {"adapter": tree_bytes(state.lora)}
+    if not settings.is_paged:
+        memory["optimizer"] = tree_bytes(state.opt_state)
     with progress.phase("load the model"), out_of_memory("loading the model", memory, config):
         frozen = jax.device_put(base.load(), replicated(mesh))
+        embedding = HostEmbedding(frozen) if config.model.embedding_on_host else None
+        if embedding is not None:
+            frozen = embedding.without_table
     memory["frozen weights"] = frozen_bytes = tree_bytes(frozen)
     progress.note(
         f"{decoder.model_type}: {decoder.num_layers} layers, computed in {base.dtype.name}, frozen weights "
@@ -162,6 +178,8 @@ def fit(
 
     # The step, compiled before the loop: no step can compile again, and its memory is known before the first.
     def place(batch: dict[str, np.ndarray]) -> Any:
+        if embedding is not None:
+            batch = embedding.with_rows(batch)
         return jax.device_put(batch, batch_sharding(mesh))
 
     host_batch, after_batch = next(loader.batches(position))
@@ -183,7 +201,8 @@ def fit(
 
     def sample(when: str) -> None:
         for prompt, ids in prompts.items():
-            text = answer(frozen, state.lora, base.tokenizer, ids, step_config, output.sample_tokens)
+            whole = frozen if embedding is None else embedding.whole()
+            text = answer(whole, state.lora, base.tokenizer, ids, step_config, output.sample_tokens)
             progress.note(f"[{when}] {prompt}\n    {text}")
             metrics.write(int(state.step), sample=when, prompt=prompt, answer=text)
 

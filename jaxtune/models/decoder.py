@@ -27,9 +27,16 @@ Wrap = Callable[[Callable[..., Any]], Callable[..., Any]]
 Carry = tuple[Array, Cache | None]
 
 
-def embed(frozen: Tree, tokens: Int[Array, "B T"], config: DecoderConfig, dtype: jnp.dtype) -> Float[Array, "B T D"]:
-    """Rows of the embedding table, scaled where the family does so, in the compute dtype."""
-    rows = frozen["embed_tokens"]["embedding"][tokens].astype(dtype)
+def embed(
+    frozen: Tree,
+    tokens: Int[Array, "B T"],
+    config: DecoderConfig,
+    dtype: jnp.dtype,
+    rows: Float[Array, "B T D"] | None = None,
+) -> Float[Array, "B T D"]:
+    """Rows of the embedding table, scaled where the family does so, in the compute dtype; `rows`: if they were taken
+    already."""
+    rows = (frozen["embed_tokens"]["embedding"][tokens] if rows is None else rows).astype(dtype)
     return rows if config.embedding_scale == 1.0 else rows * jnp.asarray(config.embedding_scale, dtype)
 
 
@@ -133,6 +140,7 @@ def hidden_states(
     remat: Wrap | None = None,
     unroll: bool = False,
     mlp_chunk: int | None = None,
+    embedded: Float[Array, "B T D"] | None = None,
     cache: Cache | None = None,
     cache_start: Array | int = 0,
     cache_first: Int[Array, " B"] | None = None,
@@ -149,6 +157,7 @@ def hidden_states(
         unroll: one program for all layers instead of a loop over one layer's: faster where nothing is recomputed, and
             slower to compile.
         mlp_chunk: tokens that pass through an MLP at a time; None for all.
+        embedded: the tokens' rows of the embedding table, where `frozen` does not hold it.
         cache: {"k", "v"}: [L, B, S, K, H]; new keys and values are written from index `cache_start` on.
         cache_first: index of each row's first token in the cache, where rows are padded in front.
 
@@ -184,7 +193,7 @@ def hidden_states(
     layers, period = (lora.get("layers", {}), jnp.arange(config.num_layers)), len(wrapped)
     whole = config.num_layers // period * period
     patterns = [jax.tree.map(lambda leaf, i=i: leaf[i:whole:period], layers) for i in range(period)]
-    carry, _ = lax.scan(pattern, (embed(frozen, tokens, config, dtype), cache), patterns, unroll=unroll)
+    carry, _ = lax.scan(pattern, (embed(frozen, tokens, config, dtype, embedded), cache), patterns, unroll=unroll)
     rest = [jax.tree.map(lambda leaf, i=i: leaf[i], layers) for i in range(whole, config.num_layers)]
     (x, cache), _ = pattern(carry, rest)
     return norm(x, frozen["norm"], config), cache

@@ -16,9 +16,21 @@ from tiny import accumulated, decoder_config, frozen_tree, lora_tree, packed_bat
 
 import jaxtune.step
 from jaxtune.config import LoraConfig
+from jaxtune.host_embedding import HostEmbedding
 from jaxtune.linear import Adaptation
 from jaxtune.lora import init_lora
-from jaxtune.step import StepConfig, accumulate, batch_loss, init_state, jit_train_step, make_mesh, replicated
+from jaxtune.optim import adamw_8bit
+from jaxtune.step import (
+    StepConfig,
+    TrainState,
+    accumulate,
+    batch_loss,
+    init_state,
+    jit_train_step,
+    make_mesh,
+    replicated,
+    state_sharding,
+)
 
 DECODER = decoder_config()
 LORA = LoraConfig(r=4, lora_alpha=8)
@@ -143,6 +155,39 @@ def test_clipping_scales_the_gradient_to_the_norm() -> None:
     np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=1e-5)
     change = jax.tree.map(lambda new, old: old - new, state.lora, before)
     assert_trees_close(change, jax.tree.map(lambda g: g / 4, gradient), 1e-4)
+
+
+def test_paged_optimizer_state_waits_in_host_memory_and_changes_no_bit() -> None:
+    batch = accumulated(packed_batch(DECODER, random_documents(DECODER, [30, 20]), rows=1, length=50))
+    optimizer, mesh, frozen = adamw_8bit(1e-2), make_mesh(), frozen_tree(DECODER)
+
+    def three_steps(paged: bool) -> TrainState:
+        state = init_state(lora_tree(DECODER, LORA), optimizer, 0, jnp.float32)
+        state = jax.device_put(state, state_sharding(mesh, paged=paged))
+        step = jit_train_step(optimizer, dataclasses.replace(STEP, paged=paged), mesh)
+        for _ in range(3):
+            state, _ = step(state, frozen, batch)
+        assert step._cache_size() == 1
+        return state
+
+    here, paged = three_steps(False), three_steps(True)
+    jax.tree.map(np.testing.assert_array_equal, paged.lora, here.lora)
+    jax.tree.map(np.testing.assert_array_equal, paged.opt_state, here.opt_state)
+    assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(paged.opt_state)} == {"pinned_host"}
+    assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(paged.lora)} == {"device"}
+
+
+def test_rows_of_the_embedding_may_come_with_the_batch() -> None:
+    batch = accumulated(packed_batch(DECODER, random_documents(DECODER, [30, 20]), rows=1, length=50))
+    frozen, lora = frozen_tree(DECODER), lora_tree(DECODER, LORA)
+    embedding = HostEmbedding(frozen)
+    assert "embed_tokens" not in embedding.without_table
+    loss, gradient = accumulate(lora, frozen, batch, STEP, None, 1.0)
+    rows = jax.tree.map(jnp.asarray, embedding.with_rows(batch))
+    other_loss, other_gradient = accumulate(lora, embedding.without_table, rows, STEP, None, 1.0)
+    np.testing.assert_allclose(other_loss, loss, rtol=5e-7)
+    assert_trees_close(other_gradient, gradient, 1e-6)
+    jax.tree.map(np.testing.assert_array_equal, embedding.whole(), dict(frozen))
 
 
 def test_float16_skips_an_overflowing_update_and_halves_the_scale() -> None:
