@@ -13,10 +13,9 @@ from jaxtune.api.foreign import Foreign, ignored, refused, settle
 from jaxtune.errors import UserError, shown
 from jaxtune.trackers import MODULES
 
-# Names of the same optimizer: state on the device, in 8 bits or in float32.
+# Names of the same optimizer, with state in 8 bits or in float32.
 OPTIMIZERS = {
     "adamw_bnb_8bit": "adamw_8bit",
-    "paged_adamw_8bit": "adamw_8bit",
     "adamw_torch": "adamw",
     "adamw_torch_fused": "adamw",
     "adamw_hf": "adamw",
@@ -106,7 +105,7 @@ class TrainingArguments:
     gradient_accumulation_steps: micro-batches of an update. max_steps: updates; -1 lets num_train_epochs count.
     learning_rate: peak. lr_scheduler_type: linear, cosine, constant (which warms up too), or another of jaxtune's.
     warmup_steps, warmup_ratio: updates until the peak, or their share (rounded up); one of them.
-    optim: adamw_8bit (also adamw_bnb_8bit, paged_adamw_8bit), adamw (also adamw_torch, adamw_torch_fused), or another
+    optim: adamw_8bit (also adamw_bnb_8bit), paged_adamw_8bit, adamw (also adamw_torch, adamw_torch_fused), or another
         of jaxtune's.
     max_grad_norm: 0 for no clipping. seed: of the data's order and of dropout.
     fp16, bf16: compared with the dtype that the model was loaded to compute in, which holds.
@@ -189,7 +188,7 @@ class TrainingArguments:
 
         steps_per_epoch: updates that one pass over the rows takes.
         """
-        if self.optim.startswith("paged_"):
+        if self.optim == "paged_adamw_32bit":
             message = f"optim={self.optim!r} is not paged: the optimizer's state stays on the device"
             warnings.warn(message, UserWarning, stacklevel=2)
         max_steps = self.max_steps if self.max_steps is not None and self.max_steps > 0 else None
