@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import argparse
-import logging
-import os
 import sys
+
+from jaxtune.answer_command import CHAT_HELP
+from jaxtune.answer_command import chat as main
+
+if __name__ == "__main__":
+    # Before the imports below, which take seconds: help and mistakes in the arguments are answered at once.
+    sys.exit(main())
+
+import argparse
 from collections.abc import Sequence
 
 from jaxtune.errors import UserError
-from jaxtune.generate import (
-    add_model_arguments,
-    add_sampling_arguments,
-    command_errors,
-    load_from_arguments,
-    read_sampling,
-)
+from jaxtune.generate import load_from_arguments, read_sampling
 from jaxtune.samples import TextGenerator, encode_chat
 from jaxtune.sampling import Sampling
-
-HELP = "/clear forgets the conversation, /undo its last turn; /exit or Ctrl-D ends; Ctrl-C cuts an answer short"
 
 
 class Conversation:
@@ -73,26 +71,23 @@ class Conversation:
         return answer
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m jaxtune.chat", description="Talk with a model.", epilog=HELP)
-    add_model_arguments(parser)
-    add_sampling_arguments(parser)
-    options = parser.parse_args(arguments)
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    logging.basicConfig(format="%(name)s: %(message)s", level=logging.WARNING)
-    with command_errors():
-        sampling = read_sampling(options)
-        text = load_from_arguments(options)
-        if not text.tokenizer.chat_template:
-            raise UserError("the tokenizer has no chat template; use python -m jaxtune.generate --raw")
+def run(options: argparse.Namespace) -> int:
+    """Talk until the user ends it; returns the exit status.
+
+    Raises:
+        UserError: something to correct before the conversation begins.
+    """
+    sampling = read_sampling(options)
+    text = load_from_arguments(options)
+    if not text.tokenizer.chat_template:
+        raise UserError("the tokenizer has no chat template; use python -m jaxtune.generate --raw")
     talk(Conversation(text, options.system, options.max_new_tokens, sampling, options.stop))
     return 0
 
 
 def talk(conversation: Conversation) -> None:
     """Read lines until the end of input or /exit, and answer each."""
-    print(HELP, file=sys.stderr)
+    print(CHAT_HELP, file=sys.stderr)
     while True:
         try:
             line = input("> " if sys.stdin.isatty() else "").strip()
@@ -106,13 +101,9 @@ def talk(conversation: Conversation) -> None:
         elif line == "/undo":
             conversation.undo()
         elif line.startswith("/"):
-            print(HELP, file=sys.stderr)
+            print(CHAT_HELP, file=sys.stderr)
         elif line:
             try:
                 conversation.ask(line)
             except UserError as error:
                 print(f"error: {error}", file=sys.stderr)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -20,6 +20,7 @@ import numpy as np
 from jax import Array, lax
 from jaxtyping import Int
 
+from jaxtune.errors import UserError
 from jaxtune.linear import Adaptation
 from jaxtune.models.attention import Cache
 from jaxtune.models.config import DecoderConfig
@@ -83,7 +84,7 @@ class Generator:
         iteration ends with the last row, or after max_new_tokens.
 
         Raises:
-            ValueError: no prompt, a prompt without tokens or with ids outside of the vocabulary, or max_new_tokens
+            UserError: no prompt, a prompt without tokens or with ids outside of the vocabulary, or max_new_tokens
                 below 1.
         """
         self._check(prompts, max_new_tokens)
@@ -128,13 +129,13 @@ class Generator:
 
     def _check(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
         if not prompts or min(map(len, prompts)) == 0 or max_new_tokens < 1:
-            raise ValueError(
+            raise UserError(
                 f"generate: needs prompts of one token or more and max_new_tokens >= 1, got prompts of "
                 f"{[len(prompt) for prompt in prompts]} tokens and max_new_tokens {max_new_tokens}"
             )
         outside = {token for prompt in prompts for token in prompt if not 0 <= token < self.decoder.vocab_size}
         if outside:
-            raise ValueError(
+            raise UserError(
                 f"generate: token ids {sorted(outside)[:5]} are outside of the vocabulary, which has "
                 f"{self.decoder.vocab_size} entries; use the model's own tokenizer"
             )

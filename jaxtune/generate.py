@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import sys
+
+from jaxtune.answer_command import generate as main
+
+if __name__ == "__main__":
+    # Before the imports below, which take seconds: help and mistakes in the arguments are answered at once.
+    sys.exit(main())
+
 import argparse
 import json
-import logging
-import os
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +22,7 @@ import jax
 from jaxtune.base import BaseModel, find_base
 from jaxtune.config import LoraConfig, ModelConfig, OutputConfig
 from jaxtune.decoding import Generator
+from jaxtune.device_memory import check_limit, limit_memory
 from jaxtune.errors import UserError
 from jaxtune.export import load_peft_adapter
 from jaxtune.linear import Adaptation
@@ -89,33 +94,6 @@ def check_adapter(lora: Mapping[str, Any], decoder: DecoderConfig, name: str | P
             )
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments that say what answers."""
-    group = parser.add_argument_group("model")
-    group.add_argument("--model", help="as in model.name_or_path; left out, the adapter's base model")
-    group.add_argument("--adapter", type=Path, help="directory of a PEFT adapter, such as runs/mine/adapter")
-    group.add_argument("--revision", help="branch, tag or commit of a hub model")
-    group.add_argument("--dtype", default="auto", choices=["auto", "bf16", "fp16", "fp32"], help="compute dtype")
-    group.add_argument("--no-4bit", action="store_true", help="hold the weights in the compute dtype instead of NF4")
-    group.add_argument("--local-files-only", action="store_true", help="never ask the hub")
-
-
-def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments that say how it answers."""
-    group = parser.add_argument_group("answer")
-    group.add_argument("--max-new-tokens", type=int, default=256, help="at most this many a prompt (256)")
-    group.add_argument("--temperature", type=float, default=0.0, help="0, the default, takes the most likely token")
-    group.add_argument("--top-k", type=int, help="draw among the k most likely tokens")
-    group.add_argument("--top-p", type=float, help="draw among the fewest tokens whose probabilities add up to p")
-    group.add_argument(
-        "--min-p", type=float, help="draw among tokens at least p times as likely as the most likely one"
-    )
-    group.add_argument("--repetition-penalty", type=float, default=1.0, help="above 1: repeat less")
-    group.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable")
-    group.add_argument("--seed", type=int, default=0, help="of the draws (0)")
-    group.add_argument("--system", metavar="TEXT", help="system message before the prompt")
-
-
 def read_sampling(options: argparse.Namespace) -> Sampling:
     """How to choose tokens; raises UserError for values out of range, and for filters that would have no effect."""
     if options.max_new_tokens < 1:
@@ -128,7 +106,9 @@ def read_sampling(options: argparse.Namespace) -> Sampling:
 
 
 def load_from_arguments(options: argparse.Namespace) -> TextGenerator:
-    """The model that the arguments name."""
+    """The model that the arguments name, within the memory that they give it."""
+    limit_memory(options.memory_limit)
+    check_limit(options.memory_limit)
     name = options.model or base_of(options.adapter)
     config = ModelConfig(
         name,
@@ -146,26 +126,14 @@ def load_from_arguments(options: argparse.Namespace) -> TextGenerator:
     return text
 
 
-def base_of(adapter: Path | None) -> str:
+def base_of(adapter: Path) -> str:
     """The base model that an adapter's configuration names; raises UserError where there is none."""
-    if adapter is None:
-        raise UserError("name a model with --model, or an adapter with --adapter")
     path = adapter.expanduser() / "adapter_config.json"
     try:
         name = json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} does not name its base model ({error}); name it with --model") from error
     return str(name)
-
-
-@contextmanager
-def command_errors() -> Iterator[None]:
-    """Ends the process with status 2 and one message for what the user can fix."""
-    try:
-        yield
-    except (UserError, NotImplementedError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
 
 
 def encode(text: TextGenerator, prompt: str, system: str | None, *, raw: bool) -> list[int]:
@@ -182,36 +150,24 @@ def encode(text: TextGenerator, prompt: str, system: str | None, *, raw: bool) -
     return encode_chat(text.tokenizer, [*before, {"role": "user", "content": prompt}], "--prompt")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m jaxtune.generate",
-        description="Continue prompts. One prompt is answered as a stream of text, several together as a batch.",
-    )
-    add_model_arguments(parser)
-    parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="repeatable; - reads stdin")
-    parser.add_argument("--raw", action="store_true", help="continue the text itself: no chat template")
-    parser.add_argument("--json", action="store_true", help="one JSON object a prompt, on one line")
-    add_sampling_arguments(parser)
-    options = parser.parse_args(arguments)
-    # Read when the GPU client starts: memory is taken as it is needed.
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    logging.basicConfig(format="%(name)s: %(message)s", level=logging.WARNING)
-    with command_errors():
-        sampling = read_sampling(options)
-        prompts = [sys.stdin.read().rstrip("\n") if prompt == "-" else prompt for prompt in options.prompt]
-        if not prompts:
-            raise UserError("name a prompt with --prompt")
-        text = load_from_arguments(options)
-        ids = [encode(text, prompt, options.system, raw=options.raw) for prompt in prompts]
-        started = time.perf_counter()
-        show: Callable[[str], Any] = (lambda piece: None) if options.json or len(prompts) > 1 else _write
-        pieces = []
-        for piece in text.stream(ids, max_new_tokens=options.max_new_tokens, sampling=sampling, stop=options.stop):
-            pieces.append(piece)
-            show(piece[0])
-        seconds = time.perf_counter() - started
-        answers = ["".join(row) for row in zip(*pieces)]
+def run(options: argparse.Namespace) -> int:
+    """Answer the prompts that the arguments name; returns the exit status.
+
+    Raises:
+        UserError: something to correct.
+    """
+    sampling = read_sampling(options)
+    prompts = [sys.stdin.read().rstrip("\n") if prompt == "-" else prompt for prompt in options.prompt]
+    text = load_from_arguments(options)
+    ids = [encode(text, prompt, options.system, raw=options.raw) for prompt in prompts]
+    started = time.perf_counter()
+    show: Callable[[str], Any] = (lambda piece: None) if options.json or len(prompts) > 1 else _write
+    pieces = []
+    for piece in text.stream(ids, max_new_tokens=options.max_new_tokens, sampling=sampling, stop=options.stop):
+        pieces.append(piece)
+        show(piece[0])
+    seconds = time.perf_counter() - started
+    answers = ["".join(row) for row in zip(*pieces)]
     if options.json:
         for prompt, answer in zip(prompts, answers):
             print(json.dumps({"prompt": prompt, "answer": answer}, ensure_ascii=False))
@@ -225,7 +181,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _write(piece: str) -> None:
     print(piece, end="", flush=True)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -26,6 +26,8 @@ def run(*arguments: str) -> tuple[str, float]:
         (["-c", "import jaxtune; dir(jaxtune); jaxtune.__version__"], 0.5),
         (["-m", "jaxtune.train", "--help"], 2.5),
         (["-m", "jaxtune.sweep", "--help"], 2.5),
+        (["-m", "jaxtune.generate", "--help"], 2.5),
+        (["-m", "jaxtune.chat", "--help"], 2.5),
     ],
     ids=lambda value: value[1] if isinstance(value, list) else "",
 )

@@ -15,6 +15,7 @@ from tiny import decoder_config, frozen_tree, lora_tree, random_documents
 from jaxtune import decoding
 from jaxtune.config import LoraConfig
 from jaxtune.decoding import Generator, decode, empty_cache, padded_length, prefill_chunk
+from jaxtune.errors import UserError
 from jaxtune.lora import adaptation
 from jaxtune.models.config import DecoderConfig
 from jaxtune.models.decoder import hidden_states, logits
@@ -168,7 +169,7 @@ def test_buckets(tokens: int, bucket: int) -> None:
     ],
 )
 def test_what_cannot_be_continued(generator: Generator, prompts: Any, new: int, problem: str) -> None:
-    with pytest.raises(ValueError, match=problem):
+    with pytest.raises(UserError, match=problem):
         generator.generate(prompts, max_new_tokens=new)
 
 

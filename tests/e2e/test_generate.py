@@ -1,0 +1,128 @@
+"""`python -m jaxtune.generate` and `python -m jaxtune.chat` as they are typed, on a tiny model and its adapter."""
+
+from __future__ import annotations
+
+import builtins
+import io
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+import pytest
+
+from jaxtune import FastLanguageModel, chat, generate
+from jaxtune.lora import init_lora
+from jaxtune.samples import TextGenerator
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(autouse=True)
+def caches(monkeypatch: pytest.MonkeyPatch, shared: Path) -> Iterator[None]:
+    """Compiled programs go where the other tests' go."""
+    monkeypatch.setenv("HOME", str(shared))
+    before = {name: jax.config.values[name] for name in CONFIGURED}
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+CONFIGURED = ("jax_compilation_cache_dir", "jax_pjrt_client_create_options")
+
+
+@pytest.fixture(scope="module")
+def adapter(base_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter that changes the answers."""
+    model, tokenizer = FastLanguageModel.from_pretrained(str(base_model))
+    model = FastLanguageModel.get_peft_model(model, r=8)
+    assert model.lora_config is not None
+    model.lora = jax.tree.map(lambda leaf: leaf + 0.1, init_lora(model.lora_config, model.base.decoder))
+    directory = tmp_path_factory.mktemp("adapter")
+    model.save_pretrained(directory, tokenizer)
+    return directory
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    def call(*arguments: str | Path) -> tuple[int, str, str]:
+        capsys.readouterr()
+        status = generate.main(["--max-new-tokens", "8", *map(str, arguments)])
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return call
+
+
+def test_one_prompt_or_several(base_model: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    status, alone, err = run("--model", base_model, "--prompt", "What colour is sky?")
+    assert (status, "prompt tokens, answered in" in err) == (0, True)
+    status, both, _ = run("--model", base_model, "--prompt", "What colour is sky?", "--prompt", "Hm?", "--json")
+    answers = [json.loads(line) for line in both.splitlines()]
+    assert [answer["prompt"] for answer in answers] == ["What colour is sky?", "Hm?"]
+    assert answers[0]["answer"] == alone.removesuffix("\n")
+    monkeypatch.setattr("sys.stdin", io.StringIO("What colour is sky?\n"))
+    assert run("--model", base_model, "--prompt", "-")[1] == alone
+    assert run("--model", base_model, "--prompt", "What colour is sky?", "--raw")[1] != alone
+
+
+def test_adapters_bring_their_base(base_model: Path, adapter: Path, run: Run) -> None:
+    status, answer, err = run("--adapter", adapter, "--prompt", "What colour is sky?")
+    assert (status, f"loaded {base_model}" in err) == (0, True)
+    assert answer != run("--model", base_model, "--prompt", "What colour is sky?")[1]
+
+
+def test_draws_and_stops(base_model: Path, run: Run) -> None:
+    ask = ("--model", base_model, "--prompt", "What colour is sky?", "--temperature", "1.5")
+    first = run(*ask, "--seed", "1", "--top-k", "50", "--top-p", "0.9", "--min-p", "0.01")[1]
+    assert run(*ask, "--seed", "1", "--top-k", "50", "--top-p", "0.9", "--min-p", "0.01")[1] == first
+    free = run(*ask, "--seed", "1")[1].removesuffix("\n")
+    assert free != run(*ask, "--seed", "2")[1].removesuffix("\n")
+    assert run(*ask, "--seed", "1", "--stop", free[3])[1].removesuffix("\n") == free[: free.index(free[3])]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["--model", "MODEL"], "name a prompt with --prompt"),
+        (["--prompt", "Hi"], "name a model with --model, or an adapter with --adapter"),
+        (["--model", "MODEL", "--prompt", "Hi", "--top-p", "0.9"], "--top-p without --temperature"),
+        (["--model", "MODEL", "--prompt", "Hi", "--temperature", "-1"], "temperature is -1"),
+        (["--model", "MODEL", "--prompt", "", "--raw"], "gives no token for ''"),
+        (["--model", "MODEL", "--prompt", "Hi", "--raw", "--system", "Be kind."], "--system needs a chat template"),
+        (["--adapter", "/nowhere", "--prompt", "Hi"], "does not name its base model"),
+        (["--model", "/nowhere/model", "--prompt", "Hi"], "/nowhere/model"),
+    ],
+)
+def test_mistakes(base_model: Path, run: Run, arguments: list[str], problem: str) -> None:
+    status, out, err = run(*(str(base_model) if argument == "MODEL" else argument for argument in arguments))
+    assert (status, out) == (2, "")
+    assert problem in err
+    assert "Traceback" not in err
+
+
+def test_conversation(adapter: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Turns are remembered, undone and forgotten; too long a conversation and Ctrl-C leave it usable."""
+    lines = iter(["Hi", "Hi", "/undo", "Hi", "/what", "/clear", "Hi", "word " * 300, "Hi", "/exit", "never read"])
+    monkeypatch.setattr(builtins, "input", lambda _: next(lines))
+    asked = []
+    stream = TextGenerator.stream
+
+    def watched(self: TextGenerator, prompts: list[list[int]], **settings: object) -> Iterator[list[str]]:
+        asked.append(self.tokenizer.decode(prompts[0]))
+        if len(asked) == 5:
+            raise KeyboardInterrupt
+        return stream(self, prompts, **settings)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(TextGenerator, "stream", watched)
+    assert chat.main(["--adapter", str(adapter), "--max-new-tokens", "4", "--system", "Be kind."]) == 0
+    captured = capsys.readouterr()
+    first, second, again, cleared, cut = asked
+    assert first.startswith("<|im_start|>system\nBe kind.")
+    assert second.startswith(first)
+    assert (again, cleared) == (second, first)
+    assert cut.startswith(first)
+    assert len(captured.out.splitlines()[0]) > 0
+    assert "[cut short]" in captured.out
+    assert "/clear it, or lower --max-new-tokens" in captured.err
+    assert next(lines) == "never read"
