@@ -307,6 +307,9 @@ class TrainConfig:
     loss_chunk: tokens per chunk of the head and loss; None chooses from the vocabulary.
     logging_steps: updates between printed lines, where there is no terminal; metrics.jsonl has every update.
     eval_steps: updates between held-out losses (also measured before and after); None for those two only.
+    eval_answers: documents of each held-out set whose last response is answered greedily as often, and compared with
+        what stands there (ROUGE-L and exact match, in percent; `pip install "jaxtune[rouge]"`); None for no answers.
+    eval_answer_tokens: new tokens for each, at most.
     memory_limit: what the run may take of its GPU in all, as in 12GiB or 900MiB; None for the whole card. Memory is
         taken as it is needed, not at once.
     """
@@ -329,6 +332,8 @@ class TrainConfig:
     seed: int = 3407
     logging_steps: int = 1
     eval_steps: int | None = None
+    eval_answers: int | None = None
+    eval_answer_tokens: int = 128
     memory_limit: str | None = None
 
     @property
@@ -340,8 +345,8 @@ class TrainConfig:
         _check_types("train", self)
         if self.memory_limit is not None:
             parse_bytes("train.memory_limit", self.memory_limit)
-        counts = "batch_size gradient_accumulation_steps max_steps loss_chunk logging_steps eval_steps"
-        _check_range("train", self, counts, lambda x: x >= 1, "1 or more")
+        counts = "batch_size gradient_accumulation_steps max_steps loss_chunk logging_steps eval_steps eval_answers"
+        _check_range("train", self, f"{counts} eval_answer_tokens", lambda x: x >= 1, "1 or more")
         _check_range("train", self, "num_train_epochs learning_rate adam_epsilon", lambda x: x > 0, "more than 0")
         _check_range("train", self, "max_grad_norm", lambda x: x > 0, "more than 0, or to null for no clipping")
         _check_range("train", self, "warmup_steps weight_decay", lambda x: x >= 0, "0 or more")
@@ -424,8 +429,9 @@ class RunConfig:
                 f"train.warmup_steps is {train.warmup_steps}, but train.max_steps is {train.max_steps}: the learning "
                 "rate would never reach its peak; set train.warmup_steps below train.max_steps"
             )
-        if train.eval_steps is not None and not self.data.has_eval:
-            raise UserError(
-                f"train.eval_steps is {train.eval_steps}, but data.eval names no held-out data; set data.eval, or "
-                "remove train.eval_steps"
-            )
+        for key, value in (("eval_steps", train.eval_steps), ("eval_answers", train.eval_answers)):
+            if value is not None and not self.data.has_eval:
+                raise UserError(
+                    f"train.{key} is {value}, but data.eval names no held-out data; set data.eval, or remove "
+                    f"train.{key}"
+                )

@@ -28,6 +28,8 @@ _NO_NUMBERS = {
     "data.eval_split",
     "train.logging_steps",
     "train.eval_steps",
+    "train.eval_answers",
+    "train.eval_answer_tokens",
     "train.remat",
     "train.loss_chunk",
     "train.memory_limit",

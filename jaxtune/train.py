@@ -27,10 +27,11 @@ from jaxtune.config_io import check_files, to_dict
 from jaxtune.data.dataset import Dataset, build, eval_sets
 from jaxtune.data.loader import Loader, Position, Prefetch
 from jaxtune.data.report import describe
+from jaxtune.decoding import Generator
 from jaxtune.device_memory import check_limit, limit_memory
 from jaxtune.environment import versions
 from jaxtune.errors import UserError
-from jaxtune.evaluation import held_out
+from jaxtune.evaluation import check_rouge, held_out, match_answers, questions
 from jaxtune.export import save_peft_adapter
 from jaxtune.host_embedding import HostEmbedding
 from jaxtune.loading import read_hf_config
@@ -93,6 +94,8 @@ def train(config: RunConfig, *, resume: Resume = False, progress: Progress) -> O
     """
     check_files(config)
     check_installed(config.output.report_to)
+    if config.train.eval_answers is not None:
+        check_rouge()
     check_devices(config.mesh)
     check_limit(config.train.memory_limit)
     with RunDirectory(config, resume) as directory:
@@ -128,6 +131,8 @@ def fit(
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     prompts = {prompt: encode_prompt(base.tokenizer, prompt) for prompt in output.sample_prompts}
     held_out_sets = {"eval": eval_data} if isinstance(eval_data, Dataset) else dict(eval_data or {})
+    count = settings.eval_answers
+    asked = {} if count is None else {name: questions(data, count) for name, data in held_out_sets.items()}
     check_vocabulary([train_data, *held_out_sets.values()], prompts, decoder)
     check_embedding(config.model, decoder)
     described = [describe(name, data) for name, data in {"train": train_data, **held_out_sets}.items()]
@@ -197,7 +202,12 @@ def fit(
     eval_step = jit_eval_step(step_config, mesh)
 
     def evaluate() -> dict[str, float]:
-        return held_out(held_out_sets, settings.batch_size, place, eval_step, state.lora, frozen)
+        values = held_out(held_out_sets, settings.batch_size, place, eval_step, state.lora, frozen)
+        if asked:
+            whole = frozen if embedding is None else embedding.whole()
+            generator = Generator(whole, state.lora, decoder, step_config.adaptation, base.dtype)
+            values |= match_answers(asked, generator, base.tokenizer, settings.batch_size, settings.eval_answer_tokens)
+        return values
 
     def sample(when: str) -> None:
         for prompt, ids in prompts.items():
