@@ -50,11 +50,12 @@ _KEPT_FUSED = _KEPT | {
 }
 _FUSED_CAPABILITY = 8.0
 # What exists at once while one layer is differentiated: where it is computed again first, and where all was kept.
-_LAYER_RECOMPUTED = Widths(mlp=6.0, model=5.6, queries=1.0, keys=2.4)
+_LAYER_RECOMPUTED = Widths(mlp=6.0, model=8.8, queries=1.0, keys=2.4)
+_LAYER_SELECTIVE = Widths(mlp=2.0, model=0.0, queries=0.0, keys=0.0)
 _LAYER_KEPT = Widths(mlp=2.6, model=0.0, queries=0.0, keys=0.0)
 _LAYER_KEPT_FUSED = Widths(mlp=1.0, model=0.0, queries=0.0, keys=0.0)
 # 16-bit weights at once: the widest ones of a layer, or whole layers where layers are unrolled.
-_DECODED_WEIGHTS = 2.0
+_DECODED_WEIGHTS = 0.6
 _DECODED_LAYERS_UNROLLED = 8.0
 # Gradients, and what the optimizer makes of them before the adapter is written.
 _UPDATE = 1.25
@@ -173,9 +174,9 @@ def estimate_memory(config: RunConfig, model: Model, device: Device, dtype: str,
     # are fullest before the first of them is differentiated.
     gradients = model.adapters // (decoder.num_layers if unrolled and fused else 1)
     sums = 4 * model.trainable if config.train.gradient_accumulation_steps > 1 else 0
-    layer_kept = _LAYER_KEPT_FUSED if fused else _LAYER_KEPT
+    moments = {"none": _LAYER_KEPT_FUSED if fused else _LAYER_KEPT, "selective": _LAYER_SELECTIVE}
     in_mlp = min(tokens, MLP_CHUNK.get(policy, tokens))
-    layer = bytes_of(layer_kept if policy == "none" else _LAYER_RECOMPUTED, in_mlp)
+    layer = bytes_of(moments.get(policy, _LAYER_RECOMPUTED), in_mlp)
     layer += _attention_scratch(config, decoder, device, rows)
     kept = decoder.num_layers * bytes_of((_KEPT_FUSED if fused else _KEPT)[policy])
     if config.lora.lora_dropout > 0:

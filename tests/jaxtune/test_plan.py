@@ -105,6 +105,12 @@ COMPILED = [
     ("13b", "none", run_config(1, 1024), 13.13),
     ("13b", "offload", run_config(), 11.15),
     ("1b", "full", run_config(), 2.86),
+    ("8b", "selective", run_config(), 17.15),
+    ("8b", "lean", run_config(), 7.96),
+    ("8b", "lean", run_config(1, 8192), 7.90),
+    ("8b", "lean", run_config(model={"embedding_on_host": True}, train={"optim": "paged_adamw_8bit"}), 6.73),
+    ("8b", "lean", run_config(1, 65536), 12.48),
+    ("8b", "lean", run_config(1, 200704, lora={"r": 32}), 23.19),
     ("1b", "none", run_config(lora={"lora_dropout": 0.05}), 15.52),
 ]
 
