@@ -42,6 +42,7 @@ def test_defaults_are_those_of_transformers() -> None:
         ({"max_steps": -1}, "max_steps", None),
         ({"max_grad_norm": 0}, "max_grad_norm", None),
         ({"optim": "adamw_bnb_8bit"}, "optim", "adamw_8bit"),
+        ({"optim": "paged_adamw_8bit"}, "optim", "paged_adamw_8bit"),
         ({"optim": enum.Enum("Names", {"A": "adamw_torch"}).A}, "optim", "adamw"),
         ({"lr_scheduler_type": "constant_with_warmup"}, "lr_scheduler_type", "constant"),
         ({"evaluation_strategy": "steps", "eval_steps": 7}, "eval_steps", 7),
@@ -79,6 +80,8 @@ def test_what_cannot_be_meant(given: dict[str, Any], problem: str) -> None:
 
 
 def test_arguments_without_effect_are_named() -> None:
+    with pytest.warns(UserWarning, match="optim='paged_adamw_32bit' is not paged"):
+        assert sections(TrainingArguments("out", optim="paged_adamw_32bit")).train.optim == "adamw"
     with pytest.warns(UserWarning, match="TrainingArguments: logging_dir='logs' has no effect"):
         TrainingArguments("out", logging_dir="logs")
     with warnings.catch_warnings():
