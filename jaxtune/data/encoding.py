@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 _CHUNK = 1000
 _CHUNK_CHARACTERS = 4_000_000
 _EXAMPLES = 3
+# The longest text that is tokenised, which takes memory of about 170 bytes a character.
+LONGEST = 10_000_000
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -123,6 +125,11 @@ class Encoder:
         if self.config.response_part is not None and self.config.instruction_part is not None:
             spans = responses_between(text, self.config.instruction_part, self.config.response_part)
         spans += [(*match.span(), 0.0) for pattern in self._never for match in pattern.finditer(text)]
+        if len(text) > LONGEST:
+            raise UserError(
+                f"{at}: it has {len(text):,} characters, and no record may have more than {LONGEST:,}; cut it "
+                "into several"
+            )
         if _SURROGATE.search(text):
             raise UserError(f"{at}: it holds half of a surrogate pair, which is no character; correct the text")
         return _Read(number, text, spans, special=not isinstance(sample, Chat))

@@ -158,6 +158,9 @@ def read_record(record: Mapping[str, Any], form: Form, config: DataConfig, at: s
 def _string(record: Mapping[str, Any], key: str, at: str) -> str:
     """A field that must be a text with something in it."""
     value = record.get(key)
+    if value is None and key not in record:
+        has = f"it has {', '.join(map(str, record))}" if record else "it is empty"
+        raise UserError(f"{at}: {key} is missing ({has}); correct or remove the record")
     if not isinstance(value, str) or not value.strip():
         raise UserError(
             f"{at}: {key} must be a text that is not blank, not {shown(value)}; correct or remove the record"
