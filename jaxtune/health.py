@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -223,8 +224,16 @@ def random_arrays(structure: Any, seed: int) -> Any:
     return jax.tree.unflatten(tree, [make(path, leaf, key) for (path, leaf), key in zip(leaves, keys)])
 
 
+# Elements that are drawn at once.
+_AT_ONCE = 2**26
+
+
 @partial(jax.jit, static_argnums=(0, 1, 2))
 def _random(shape: tuple[int, ...], dtype: str, name: str, key: Any) -> jax.Array:
+    if len(shape) > 1 and math.prod(shape) > _AT_ONCE:
+        # A part at a time: generators need several times what they make.
+        part, keys = partial(_random, shape[1:], dtype, name), jax.random.split(key, shape[0])
+        return jax.lax.map(part, keys, batch_size=max(1, _AT_ONCE // math.prod(shape[1:])))
     if dtype == "uint8":
         return jax.random.bits(key, shape, jnp.uint8)
     if not jnp.issubdtype(dtype, jnp.floating):
