@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import itertools
 from collections.abc import Sequence
@@ -43,9 +44,10 @@ class ChatRenderer:
         variables = {**tokenizer.special_tokens_map, **(config.template_variables or {})}
         self.template = ChatTemplate(source, variables, datetime.date.fromisoformat(config.template_date))
         self.train_on = config.train_on
-        self.header = self.end = ""
+        self.headers: list[str] = []
+        self.end = ""
         if self.train_on != "all" and not self.template.has_generation_blocks:
-            self.header, self.end = self._probe()
+            self.headers, self.end = self._probe()
 
     def render(self, chat: Chat, at: str) -> tuple[str, list[WeightedSpan], bool]:
         """The text; the spans of it with a weight in the loss, of which a later one overrides an earlier; and whether
@@ -120,8 +122,8 @@ class ChatRenderer:
             )
         text = rendered.text
         start, stop = spans[0]
-        if text.startswith(self.header, start, stop):
-            spans[0] = start + len(self.header), stop
+        header = next((header for header in self.headers if text.startswith(header, start, stop)), "")
+        spans[0] = start + len(header), stop
         start, stop = spans[-1]
         if i == len(chat.messages) - 1 and self.end and self.end not in text[start:stop]:
             # The template ends the last turn after its loop.
@@ -129,8 +131,8 @@ class ChatRenderer:
         spans[-1] = start, max(start, start + len(text[start:stop].rstrip()))
         return spans
 
-    def _probe(self) -> tuple[str, str]:
-        """What the template writes before and after any answer of the assistant's."""
+    def _probe(self) -> tuple[list[str], str]:
+        """What the template writes before an answer of the assistant's, the longest first, and after it."""
         at = "trying the chat template"
         asked = [{"role": "user", "content": "Hello"}]
         prompt, bare = self._render(asked, None, at, add_generation_prompt=True), self._render(asked, None, at)
@@ -148,7 +150,15 @@ class ChatRenderer:
                     f"responses would not teach the model to stop; correct the template, or {_REMEDY}"
                 )
         # A template that knows no generation prompt gives the model all that stands before the content.
-        return _common_start([generation or befores[0], *befores]), afters[0]
+        headers = {_common_start([generation or befores[0], *befores])}
+        # Some write an answer that others follow in another way, such as without the place for its reasoning.
+        with contextlib.suppress(UserError):  # a template of one exchange alone
+            exchange = [*asked, {"role": "assistant", "content": _PROBES[0]}]
+            rendered = self._render(exchange * 2, None, at)
+            turn = "".join(rendered.text[start:stop] for start, stop in rendered.turns[1])
+            before = turn.partition(_PROBES[0])[0]
+            headers.add(_common_start([generation or before, before]))
+        return sorted(headers, key=len, reverse=True), afters[0]
 
 
 def _common_start(texts: Sequence[str]) -> str:
