@@ -41,15 +41,16 @@ _KNOWN = [f"{name}.{field}" for name, fields in _FIELDS.items() for field in fie
 _FLOAT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 # YAML 1.1 takes 010 for eight and 1:30 for ninety, which few who write them mean.
 _OTHER_BASE = re.compile(r"[-+]?(0[0-7_]+|[0-9_]+(:[0-5]?[0-9])+(\.[0-9_]*)?)")
+_NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 
 
 class _Loader(yaml.SafeLoader):
     """YAML's plain data types. What would silently mean something else is an error: a key written twice, of which the
     last would win, and numbers to base 8 or 60."""
 
-    def construct_scalar(self, node: yaml.ScalarNode) -> Any:
-        number = node.tag in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
-        if number and _OTHER_BASE.fullmatch(node.value):
+    def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> Any:
+        number = isinstance(node, yaml.ScalarNode) and node.tag in _NUMBERS
+        if number and _OTHER_BASE.fullmatch(str(node.value)):
             raise UserError(
                 f"line {node.start_mark.line + 1}: YAML takes {node.value} for a number to base 8 or 60; write a "
                 "decimal number without a leading zero, or quote it where text is meant"
