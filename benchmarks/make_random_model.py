@@ -4,7 +4,7 @@
 
 Weights are normal with standard deviation 0.02, norms are one, bf16 in shards of 4 GB. The tokenizer has one token for
 each byte, so a text of n ASCII characters is n tokens (and the two that mark its ends). `train.jsonl` has 256 texts,
-each longer than 2,048 tokens.
+each longer than 8,192 tokens; `documents.jsonl` has 1,500 of usual lengths, log-normal around 490 tokens, for packing.
 """
 
 from __future__ import annotations
@@ -86,10 +86,18 @@ def write_tokenizer(directory: Path) -> None:
     fast.save_pretrained(directory)
 
 
-def write_texts(path: Path, seed: int, count: int = 256, length: int = 2100) -> None:
+def write_texts(path: Path, seed: int, count: int = 256, length: int = 8300) -> None:
     """Random printable ASCII, one JSON record a line."""
     letters = np.random.default_rng(seed).integers(33, 127, (count, length), dtype=np.uint8)
     path.write_text("".join(json.dumps({"text": row.tobytes().decode()}) + "\n" for row in letters), encoding="utf-8")
+
+
+def write_documents(path: Path, seed: int, count: int = 1500) -> None:
+    """Random printable ASCII of log-normal length (median 490, at least 50, at most 1,998), one JSON record a line."""
+    rng = np.random.default_rng(seed)
+    lengths = np.clip(rng.lognormal(6.2, 0.7, count), 50, 1998).astype(int)
+    texts = (rng.integers(33, 127, length, dtype=np.uint8).tobytes().decode() for length in lengths)
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
 
 
 def main() -> None:
@@ -106,6 +114,7 @@ def main() -> None:
     write_json(options.directory / "config.json", config)
     write_tokenizer(options.directory)
     write_texts(options.directory / "train.jsonl", options.seed)
+    write_documents(options.directory / "documents.jsonl", options.seed)
     print(f"{options.directory}: {count:,} parameters in {time.perf_counter() - started:.0f} s")
 
 

@@ -83,6 +83,10 @@ class Plan:
         mesh = self.config.mesh
         return None if self.device.capability is None else self.device.flops * mesh.data * mesh.fsdp * mesh.tensor
 
+    def memory_of(self, policy: str) -> Memory:
+        """Of a step under another policy, estimated."""
+        return estimate_memory(self.config, self.model, self.device, self.dtype, policy)
+
     def short(self) -> str:
         """One line, for the start of a run."""
         return (

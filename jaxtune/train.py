@@ -235,6 +235,7 @@ def fit(
     ):
         seconds = {name.replace(" ", "_") + "_seconds": value for name, value in progress.phases.items()}
         metrics.write(first_step, **seconds, step_temporary_bytes=step_bytes, frozen_bytes=frozen_bytes, remat=policy)
+        metrics.write(first_step, planned_bytes=plan.memory_of(policy).peak, compiled_bytes=sum(memory.values()))
         metrics.write(first_step, data=described, versions={"device": plan.device.kind, **versions()})
         eval_loss = None
         if first_step == 0:
