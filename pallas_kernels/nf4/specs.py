@@ -9,3 +9,5 @@ WEIGHTS: dict[tuple[int, int], str] = {}
 for _model, _shape in MODELS.items():
     for _layer, _weight in _shape.linears.items():
         WEIGHTS.setdefault(_weight, f"{_model}/{_layer}")
+
+SPECS = {name: weight for weight, name in WEIGHTS.items()}
