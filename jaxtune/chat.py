@@ -13,11 +13,16 @@ if __name__ == "__main__":
 
 import argparse
 from collections.abc import Sequence
+from typing import Any
 
+from jaxtune.decoding import padded_length
 from jaxtune.errors import UserError
 from jaxtune.generate import load_from_arguments, read_sampling
 from jaxtune.samples import TextGenerator, encode_chat
 from jaxtune.sampling import Sampling
+
+# Tokens of the shortest cache.
+_LEAST_ROOM = 1024
 
 
 class Conversation:
@@ -57,11 +62,12 @@ class Conversation:
                 f"the conversation has {len(ids)} tokens; with {self._max_new_tokens} for the answer that is more than "
                 f"the model's {room}: /clear it, or lower --max-new-tokens"
             )
+        # Doubled as the conversation grows, so that not every turn compiles programs for a longer cache.
+        needed = padded_length(len(ids)) + self._max_new_tokens
+        settings: Any = {"max_new_tokens": self._max_new_tokens, "sampling": self._sampling, "stop": self._stop}
         answer = ""
         try:
-            for (piece,) in self._text.stream(
-                [ids], max_new_tokens=self._max_new_tokens, sampling=self._sampling, stop=self._stop
-            ):
+            for (piece,) in self._text.stream([ids], **settings, room=max(_LEAST_ROOM, 1 << (needed - 1).bit_length())):
                 answer += piece
                 print(piece, end="", flush=True)
         except KeyboardInterrupt:

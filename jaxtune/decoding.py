@@ -1,8 +1,8 @@
 """Generation on the device: the prompts go through in chunks, then many tokens a dispatch from a KV cache.
 
 Rows are padded in front, so that all of them end at the same index of the cache: the next token's place is one number.
-A program is compiled for each prompt bucket (64, 128, 256 or 512 tokens; longer prompts go through in chunks of 512)
-and one for the tokens that follow.
+For a cache of one length, a program is compiled for each prompt bucket (64, 128, 256 or 512 tokens; longer prompts go
+through in chunks of 512) and one for the tokens that follow.
 """
 
 from __future__ import annotations
@@ -77,11 +77,13 @@ class Generator:
         sampling: Sampling = GREEDY,
         stop_ids: Sequence[int] = (),
         keep_stop: bool = False,
+        room: int = 0,
     ) -> Iterator[list[list[int]]]:
         """Continue a batch of prompts of any lengths; yields each row's new tokens, one or more dispatch by dispatch.
 
         A row ends before the first of `stop_ids`, with `keep_stop` behind it, and gives empty lists from then on; the
-        iteration ends with the last row, or after max_new_tokens.
+        iteration ends with the last row, or after max_new_tokens. `room`: tokens that the cache has room for at least,
+        so that calls of many lengths share their programs.
 
         Raises:
             UserError: no prompt, a prompt without tokens or with ids outside of the vocabulary, or max_new_tokens
@@ -90,7 +92,7 @@ class Generator:
         self._check(prompts, max_new_tokens)
         # Once, and not for every token: the products cast it anyway.
         lora = jax.tree.map(lambda leaf: jnp.asarray(leaf, self.dtype), self.lora)
-        state = self._prefill(lora, prompts, max_new_tokens, sampling)
+        state = self._prefill(lora, prompts, max_new_tokens, sampling, room)
         settings, key = sampling.values(), jax.random.key(sampling.seed)
         stops = jnp.asarray(sorted(set(stop_ids)), jnp.int32)
         alive, done, steps = [True] * len(prompts), 0, 1
@@ -119,10 +121,12 @@ class Generator:
         max_new_tokens: int,
         sampling: Sampling = GREEDY,
         stop_ids: Sequence[int] = (),
+        room: int = 0,
     ) -> list[list[int]]:
         """The new tokens of each prompt, up to and without the first of `stop_ids`; see `stream`."""
         rows: list[list[int]] = [[] for _ in prompts]
-        for news in self.stream(prompts, max_new_tokens=max_new_tokens, sampling=sampling, stop_ids=stop_ids):
+        settings: Any = {"max_new_tokens": max_new_tokens, "sampling": sampling, "stop_ids": stop_ids, "room": room}
+        for news in self.stream(prompts, **settings):
             for row, new in zip(rows, news):
                 row += new
         return rows
@@ -143,14 +147,16 @@ class Generator:
         if length > self.decoder.max_position:
             log.warning("%d tokens go beyond the model's context of %d", length, self.decoder.max_position)
 
-    def _prefill(self, lora: Tree, prompts: Sequence[Sequence[int]], max_new_tokens: int, sampling: Sampling) -> State:
+    def _prefill(
+        self, lora: Tree, prompts: Sequence[Sequence[int]], max_new_tokens: int, sampling: Sampling, room: int
+    ) -> State:
         """The state after the prompts."""
         batch, length = len(prompts), padded_length(max(map(len, prompts)))
         tokens = np.zeros((batch, length), np.int32)
         for row, prompt in zip(tokens, prompts):
             row[length - len(prompt) :] = prompt
         first = jnp.asarray([length - len(prompt) for prompt in prompts], jnp.int32)
-        capacity = -(-(length + max_new_tokens) // CACHE_MULTIPLE) * CACHE_MULTIPLE
+        capacity = -(-max(length + max_new_tokens, room) // CACHE_MULTIPLE) * CACHE_MULTIPLE
         cache, next_logits = empty_cache(self.decoder, batch, capacity, self.dtype), None
         chunk = min(length, CHUNK)
         for start in range(0, length, chunk):

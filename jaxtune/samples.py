@@ -138,14 +138,15 @@ class TextGenerator:
         max_new_tokens: int,
         sampling: Sampling = GREEDY,
         stop: Sequence[str] = (),
+        room: int = 0,
     ) -> Iterator[list[str]]:
         """Continue encoded prompts; yields each row's new text, up to and without the first stop token or string.
 
-        The pieces of a row put together are its whole text.
+        The pieces of a row put together are its whole text. room: see `Generator.stream`.
         """
         texts = [TextStream(self.tokenizer, stop) for _ in prompts]
         tokens = self.generator.stream(
-            prompts, max_new_tokens=max_new_tokens, sampling=sampling, stop_ids=self.stop_ids
+            prompts, max_new_tokens=max_new_tokens, sampling=sampling, stop_ids=self.stop_ids, room=room
         )
         for rows in tokens:
             yield [text.push(new) for text, new in zip(texts, rows)]

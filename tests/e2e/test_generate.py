@@ -105,11 +105,12 @@ def test_conversation(adapter: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     """Turns are remembered, undone and forgotten; too long a conversation and Ctrl-C leave it usable."""
     lines = iter(["Hi", "Hi", "/undo", "Hi", "/what", "/clear", "Hi", "word " * 300, "Hi", "/exit", "never read"])
     monkeypatch.setattr(builtins, "input", lambda _: next(lines))
-    asked = []
+    asked, given = [], []
     stream = TextGenerator.stream
 
     def watched(self: TextGenerator, prompts: list[list[int]], **settings: object) -> Iterator[list[str]]:
         asked.append(self.tokenizer.decode(prompts[0]))
+        given.append(settings)
         if len(asked) == 5:
             raise KeyboardInterrupt
         return stream(self, prompts, **settings)  # type: ignore[arg-type]
@@ -122,7 +123,7 @@ def test_conversation(adapter: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert second.startswith(first)
     assert (again, cleared) == (second, first)
     assert cut.startswith(first)
-    assert len(captured.out.splitlines()[0]) > 0
+    assert {settings["room"] for settings in given} == {1024}
     assert "[cut short]" in captured.out
     assert "/clear it, or lower --max-new-tokens" in captured.err
     assert next(lines) == "never read"

@@ -130,6 +130,13 @@ def test_programs_are_shared(generator: Generator) -> None:
         generator.generate(prompts, max_new_tokens=new, sampling=Sampling(temperature=temperature))
     counts: list[Any] = [prefill_chunk, decode]
     assert [program._cache_size() for program in counts] == [1, 1]
+    # With room for it, so do longer prompts, but for their bucket.
+    jax.clear_caches()
+    for length, new in ((5, 3), (60, 250), (300, 5), (500, 9)):
+        (prompt,) = random_documents(CONFIG, [length])
+        (answer,) = generator.generate([prompt], max_new_tokens=new, room=1024)
+        assert len(answer) == new
+    assert [program._cache_size() for program in counts] == [2, 1]
 
 
 def test_the_cache_exists_once(generator: Generator) -> None:
