@@ -201,14 +201,13 @@ def _finish(read: _Read, opened: Sequence[tuple[Records, float]], config: DataCo
         )
     learning: list[Document] = []
     sources: list[Source] = []
-    unlearnt = 0
     for number, (records, weight) in enumerate(opened):
-        start = len(learning)
-        mine = (document for of, document, _ in read.documents if of == number)
+        start, tally = len(learning), read.tallies[number]
+        mine = [document for of, document, _ in read.documents if of == number]
+        tally.overlong = [document.record for document in mine if len(document.tokens) > limit]
         pieces = [piece for document in mine for piece in _fit(document, config)]
         learning += [piece for piece in pieces if piece.weights.any()]
-        unlearnt += len(pieces) - (len(learning) - start)
-        tally = read.tallies[number]
+        tally.unlearnt = [piece.record for piece in pieces if not piece.weights.any()]
         sources.append(Source(records.name, read.forms[number], start, len(learning), weight, tally))
     records_read = sum(tally.records for tally in read.tallies)
     if not learning:
@@ -228,7 +227,7 @@ def _finish(read: _Read, opened: Sequence[tuple[Records, float]], config: DataCo
         bad=sum(tally.bad for tally in read.tallies),
         altered=sum(tally.altered for tally in read.tallies),
         **{{"truncate": "truncated", "drop": "dropped"}.get(config.overlong, "split"): len(overlong)},
-        unlearnt=unlearnt,
+        unlearnt=sum(len(tally.unlearnt) for tally in read.tallies),
         duplicates=len(read.documents) - len({digest for _, _, digest in read.documents}),
         documents=len(documents),
         tokens=len(documents.tokens),

@@ -47,7 +47,9 @@ class Tally:
     """What is counted while records are read.
 
     records: seen. bad: passed over, with the messages of the first few. altered: conversations of which the chat
-    template has rewritten or left out some text. date: what a template was given that asked for today's date.
+    template has rewritten or left out some text. date: what a template was given that asked for today's date. overlong,
+    unlearnt: the records that were longer than a row, and those of which some or all is left out, as it has nothing to
+    learn.
     """
 
     records: int = 0
@@ -55,6 +57,8 @@ class Tally:
     examples: list[str] = dataclasses.field(default_factory=list)
     altered: int = 0
     date: str | None = None
+    overlong: list[int] = dataclasses.field(default_factory=list)
+    unlearnt: list[int] = dataclasses.field(default_factory=list)
 
 
 class Encoder:

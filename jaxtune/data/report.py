@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from jaxtune.data.dataset import Dataset, Source
 
 _BAR = "▏▎▍▌▋▊▉█"
 _BAR_WIDTH = 30
+_NAMED = 5
 
 
 def describe(name: str, data: Dataset) -> str:
@@ -57,18 +60,28 @@ def _draw_histogram(data: Dataset) -> list[str]:
 
 
 def _describe_source(source: Source) -> list[str]:
+    tally = source.tally
     times = "" if source.weight == 1 else f", {source.weight:g} times an epoch"
     lines = [f"  {source.name}: form {source.form}, {source.stop - source.start:,} documents{times}"]
-    if source.tally.date is not None:
+    if tally.date is not None:
         lines.append(
-            f"  the chat template asks for today's date and is given {source.tally.date} (data.template_date), so that "
+            f"  the chat template asks for today's date and is given {tally.date} (data.template_date), so that "
             "the data are the same on every day"
         )
-    lines += [f"  passed over: {example}" for example in source.tally.examples]
-    if (more := source.tally.bad - len(source.tally.examples)) > 0:
+    lines += [f"  longer than a row: {_records(tally.overlong)}"] if tally.overlong else []
+    lines += [f"  nothing to learn: {_records(tally.unlearnt)}"] if tally.unlearnt else []
+    lines += [f"  passed over: {example}" for example in tally.examples]
+    if (more := tally.bad - len(tally.examples)) > 0:
         lines.append(f"  and {more:,} more")
     return lines
 
 
 def _listed(*counts: tuple[int, str]) -> str:
     return ", ".join(f"{count:,} {what}" for count, what in counts if count)
+
+
+def _records(numbers: Sequence[int]) -> str:
+    """Records by their numbers, of which a few are named."""
+    distinct = list(dict.fromkeys(numbers))
+    more = f" and {len(distinct) - _NAMED:,} more" if len(distinct) > _NAMED else ""
+    return f"record{'s' if len(distinct) > 1 else ''} {', '.join(map(str, distinct[:_NAMED]))}{more}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from jaxtune.config import DataConfig
+from jaxtune.data.builtin_templates import TEMPLATES
 from jaxtune.data.encoding import Document, Encoder, Tally, tokens_in
 from jaxtune.data.sources import from_memory
 from jaxtune.errors import UserError
@@ -270,3 +272,24 @@ def test_text_that_a_template_changes_is_counted(make_tokenizer: Callable[..., P
     first, _ = Encoder(tokenizer, DataConfig(train="x")).encode(from_memory(records), "messages", tally)
     assert learnt_runs(first, tokenizer) == ["pia" + END]
     assert (tally.records, tally.altered) == (2, 1)
+
+
+@pytest.mark.parametrize(("name", "special"), TEMPLATES.items())
+def test_every_built_in_template_teaches_responses_and_their_ends(
+    make_tokenizer: Callable[..., PreTrainedTokenizerFast], name: str, special: tuple[str, ...]
+) -> None:
+    tokenizer = make_tokenizer()
+    if missing := [token for token in special if token not in tokenizer.get_vocab()]:
+        with pytest.raises(UserError, match=f"writes {re.escape(missing[0])}.*not have as one token"):
+            encode_all([{"messages": [ASK, ANSWER]}], tokenizer, chat_template=name)
+        tokenizer.add_special_tokens({"additional_special_tokens": missing})
+    turns = [ASK, ANSWER | {"content": "First."}, ASK, ANSWER | {"content": "Second."}]
+    (document,) = encode_all([{"messages": turns}], tokenizer, chat_template=name)
+    texts = [text.strip().removeprefix("<think>\n\n</think>\n\n") for text in learnt_runs(document, tokenizer)]
+    assert [text[: len(reply)] for text, reply in zip(texts, ("First.", "Second."), strict=True)] == [
+        "First.",
+        "Second.",
+    ]
+    ends = {text.partition(".")[2] for text in texts}
+    assert ends <= {*special, tokenizer.eos_token}
+    assert len(ends) == 1

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from jaxtune.config import DataConfig
 from jaxtune.data.dataset import Dataset, build, eval_sets
+from jaxtune.data.report import describe
 from jaxtune.errors import UserError
 
 CHATML = (
@@ -55,6 +56,7 @@ def test_overlong_records_are_refused_dropped_cut_or_split(make_tokenizer: Make,
         "records": 4, "split": 2, "documents": 7, "tokens": 43, "learnt_tokens": 7 + 8 + 2 + 19, "rows": 6,
         "fill": 43 / 48,
     }  # fmt: skip
+    assert "longer than a row: records 2, 4\n" in describe("train", split)
     with pytest.raises(UserError, match=r"none of 1 records has anything to learn \(1 dropped"):
         build_text(make_tokenizer, write_jsonl(word_records(9)), overlong="drop")
 
@@ -74,6 +76,7 @@ def test_records_with_nothing_to_learn_are_counted_and_left_out(make_tokenizer: 
     path = write_jsonl([{"messages": [ask]}, {"messages": [ask, answer]}])
     statistics = build(DataConfig(train=path), tokenizer).statistics
     assert (statistics.records, statistics.unlearnt, statistics.documents) == (2, 1, 1)
+    assert "nothing to learn: record 1\n" in describe("train", build(DataConfig(train=path), tokenizer))
     # Cut before the response begins.
     path = write_jsonl([{"messages": [ask, answer]}])
     with pytest.raises(UserError, match="none of 1 records has anything to learn"):
