@@ -170,6 +170,10 @@ class TrainingArguments:
                 f"{name}: report_to={shown(self.report_to)} is not supported ({', '.join(sorted(map(str, unknown)))}); "
                 f"it must be 'none' or among {', '.join(MODULES)}; metrics.jsonl in output_dir has every step"
             )
+        for key in ("per_device_train_batch_size", "gradient_accumulation_steps"):
+            value = getattr(self, key)
+            if not isinstance(value, int) or value < 1:
+                raise UserError(f"{name}: {key}={shown(value)}; it must be a whole number above 0")
         if self.warmup_steps and self.warmup_ratio:
             raise UserError(f"{name}: warmup_steps and warmup_ratio both say how long; keep one of them")
         if not 0 <= self.warmup_ratio < 1:

@@ -14,7 +14,7 @@ from jaxtune.api.foreign import Foreign, ignored, refused, settle
 from jaxtune.api.model import Model
 from jaxtune.api.tokenizer import on_host
 from jaxtune.base import find_base
-from jaxtune.config import LINEARS, LoraConfig, ModelConfig, TrainConfig
+from jaxtune.config import LINEARS, LoraConfig, ModelConfig, TrainConfig, parse_bytes
 from jaxtune.device_memory import check_limit, limit_memory
 from jaxtune.errors import UserError, shown
 from jaxtune.generate import base_of, load_adapter
@@ -113,6 +113,12 @@ class FastLanguageModel:
             "memory_limit",
         )
         settle("from_pretrained", others, FROM_PRETRAINED, known)
+        if not isinstance(max_seq_length, int) or max_seq_length < 1:
+            raise UserError(
+                f"from_pretrained: max_seq_length={shown(max_seq_length)}; it must be a whole number above 0"
+            )
+        if memory_limit is not None:
+            parse_bytes("memory_limit", memory_limit)
         if (model_name is None) == (model_name_or_path is None):
             raise UserError("from_pretrained: name the model once, with model_name or with model_name_or_path")
         name = str(model_name_or_path if model_name is None else model_name)

@@ -175,15 +175,20 @@ class Model:
         settle("save_pretrained", others, SAVE, ("save_directory", "tokenizer", "overwrite"))
         config = self._adapter_config()
         lora = init_lora(config, self.base.decoder) if self.lora is None else self.lora
-        save_peft_adapter(
-            save_directory,
-            lora,
-            config,
-            self.base.source,
-            model_type=self.base.decoder.model_type,
-            tokenizer=tokenizer,
-            overwrite=overwrite,
-        )
+        try:
+            save_peft_adapter(
+                save_directory,
+                lora,
+                config,
+                self.base.source,
+                model_type=self.base.decoder.model_type,
+                tokenizer=tokenizer,
+                overwrite=overwrite,
+            )
+        except OSError as error:
+            raise UserError(
+                f"save_pretrained: {save_directory} cannot be written ({error.strerror}); name another directory"
+            ) from error
 
     def save_pretrained_merged(
         self,
@@ -270,7 +275,10 @@ def _to_numpy(name: str, values: Any) -> np.ndarray:
     try:
         array = np.asarray(values)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"generate: {name} is no array on the host ({error}); leave out .to('cuda')") from error
+        raise UserError(
+            f"generate: {name} is no array on the host ({error}); pad prompts to one length (padding=True), and leave "
+            "out .to('cuda')"
+        ) from error
     if array.ndim not in (1, 2) or array.size == 0 or array.dtype.kind not in "iub":
         raise UserError(f"generate: {name} must be whole numbers [B, P], not {array.dtype} {array.shape}")
     return np.atleast_2d(array).astype(np.int64)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from transformers import PreTrainedTokenizerBase
 
 from jaxtune.api.arguments import FOREIGN, SFTConfig, TrainingArguments
 from jaxtune.api.foreign import Foreign, ignored, refused, settle
@@ -122,6 +123,11 @@ class SFTTrainer:
         self.args = SFTConfig.extending(args, {name: value for name, value in extra.items() if value is not None})
         self.model = model
         self.tokenizer = next((one for one in (tokenizer, processing_class) if one is not None), model.base.tokenizer)
+        if not isinstance(self.tokenizer, PreTrainedTokenizerBase):
+            raise UserError(
+                f"SFTTrainer: tokenizer is {shown(self.tokenizer)}; it must be the one that from_pretrained gave, or another "
+                "of transformers (not a processor, of which it may be the .tokenizer)"
+            )
         self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
         self.formatting_func = formatting_func
         self.responses: dict[str, Any] = {}

@@ -70,6 +70,7 @@ def test_services() -> None:
         ({"neftune_noise_alpha": 5}, "neftune_noise_alpha=5 is not supported: embeddings get no noise"),
         ({"fp16": True, "bf16": True}, "fp16 and bf16 are both asked for"),
         ({"warmup_steps": 5, "warmup_ratio": 0.1}, "keep one of them"),
+        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size=0; it must be a whole number above 0"),
         ({"warmup_ratio": 1.5}, "at least 0 and below 1"),
         ({"save_strategy": "sometimes"}, "must be one of no, steps, epoch"),
     ],

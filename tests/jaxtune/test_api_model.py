@@ -66,6 +66,7 @@ def test_streams(loaded: tuple[Model, Any], capsys: pytest.CaptureFixture[str]) 
     [
         ({"input_ids": None}, "input_ids is missing"),
         ({"input_ids": [[1.5]]}, "whole numbers"),
+        ({"input_ids": [[1], [2, 3]]}, "pad prompts to one length"),
         ({"input_ids": [[1]], "attention_mask": [[1, 1]]}, "make them alike"),
         ({"input_ids": [[1]], "num_beams": 4}, "num_beams=4 is not supported"),
         ({"input_ids": [[1]], "max_tokens": 4}, "did you mean max_new_tokens"),
@@ -77,6 +78,22 @@ def test_streams(loaded: tuple[Model, Any], capsys: pytest.CaptureFixture[str]) 
 def test_what_cannot_be_generated(loaded: tuple[Model, Any], given: dict[str, Any], problem: str) -> None:
     with pytest.raises(UserError, match=problem):
         loaded[0].generate(**given)
+
+
+@pytest.mark.parametrize(
+    ("given", "problem"),
+    [
+        ({}, "name the model once"),
+        ({"model_name": "a", "model_name_or_path": "a"}, "name the model once"),
+        ({"model_name": "a", "max_seq_length": "64"}, "max_seq_length='64'; it must be a whole number"),
+        ({"model_name": "a", "memory_limit": "lots"}, "memory_limit is 'lots'"),
+        ({"model_name": "a", "dtype": "float64"}, "dtype is 'float64'"),
+        ({"model_name": "a", "load_in_8bit": True}, "load_in_8bit=True is not supported"),
+    ],
+)
+def test_what_cannot_be_loaded(given: dict[str, Any], problem: str) -> None:
+    with pytest.raises(UserError, match=problem):
+        FastLanguageModel.from_pretrained(**given)
 
 
 def test_tensors_of_scripts_for_pytorch(loaded: tuple[Model, Any], tmp_path: Path) -> None:
@@ -113,6 +130,9 @@ def test_adapters(loaded: tuple[Model, Any], tmp_path: Path, capsys: pytest.Capt
     np.testing.assert_array_equal(again.generate([[5]], max_new_tokens=4), model.generate([[5]], max_new_tokens=4))
     with pytest.raises(UserError, match="has an adapter already"):
         FastLanguageModel.get_peft_model(adapted)
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="file cannot be written"):
+        adapted.save_pretrained(tmp_path / "file")
     with pytest.raises(UserError, match="no adapter"):
         model.save_pretrained(tmp_path / "none")
     with pytest.raises(UserError, match="use_dora=True is not supported"):

@@ -100,6 +100,10 @@ class DataCollatorForSeq2Seq:
         ({"train_dataset": TEXTS, "args": {"max_steps": 3}}, "import SFTConfig or TrainingArguments from jaxtune"),
         ({"train_dataset": TEXTS, "peft_config": object()}, "put the adapter on with"),
         ({"train_dataset": TEXTS, "data_collator": object()}, "use train_on_responses_only"),
+        (
+            {"train_dataset": TEXTS, "tokenizer": "llama"},
+            "tokenizer is 'llama'; it must be the one",
+        ),
         ({"train_dataset": TEXTS, "max_seq_len": 64}, "unknown argument max_seq_len=64"),
     ],
 )
