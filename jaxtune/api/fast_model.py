@@ -103,16 +103,8 @@ class FastLanguageModel:
         Raises:
             UserError: no such model, an argument that would have to change results, or a limit that comes too late.
         """
-        known = (
-            "model_name",
-            "max_seq_length",
-            "dtype",
-            "load_in_4bit",
-            "revision",
-            "local_files_only",
-            "memory_limit",
-        )
-        settle("from_pretrained", others, FROM_PRETRAINED, known)
+        known = ("model_name", "max_seq_length", "dtype", "load_in_4bit", "revision", "local_files_only")
+        settle("from_pretrained", others, FROM_PRETRAINED, (*known, "memory_limit"))
         if not isinstance(max_seq_length, int) or max_seq_length < 1:
             raise UserError(
                 f"from_pretrained: max_seq_length={shown(max_seq_length)}; it must be a whole number above 0"

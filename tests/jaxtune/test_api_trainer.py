@@ -102,7 +102,7 @@ class DataCollatorForSeq2Seq:
         ({"train_dataset": TEXTS, "data_collator": object()}, "use train_on_responses_only"),
         (
             {"train_dataset": TEXTS, "tokenizer": "llama"},
-            "tokenizer is 'llama'; it must be the one",
+            "tokenizer is 'llama'; it must be the one of",
         ),
         ({"train_dataset": TEXTS, "max_seq_len": 64}, "unknown argument max_seq_len=64"),
     ],
