@@ -10,6 +10,7 @@ import jax
 from jax import Array
 from jaxtyping import Float
 
+from jaxtune.parts import ROW_PARALLEL, Parts
 from pallas_kernels.glu_linear import glu_linear
 from pallas_kernels.lora_linear import Projection, grouped_lora_linear
 from pallas_kernels.norm_linear import norm_linear
@@ -31,12 +32,14 @@ class Linears:
 
     base: {name: {"kernel": [N, K] or NF4Tensor, "bias": [N] if any}}. adapter: {name: {"lora_A": [R, K], "lora_B":
     [N, R]}} of the adapted ones. dropout_key: of this sub-block in this step; None switches dropout off (evaluation).
+    parts: how the layers are cut over several devices; None on one.
     """
 
     base: Tree
     adapter: Tree
     adaptation: Adaptation
     dropout_key: Array | None
+    parts: Parts | None = None
 
     def after_norm(
         self,
@@ -51,33 +54,44 @@ class Linears:
     ) -> tuple[Float[Array, "*M N"], Float[Array, "*M D"]]:
         """The named layers side by side on the normalised x + residual, and that sum; see `norm_linear`."""
         group = [self._projection(each) for each in names]
-        options = self._adapters_act(names[0])
-        return norm_linear(
+        options = self._adapters_act(names[0], x.shape)
+        if self.parts is not None:
+            x, residual = self.parts.entered(x, residual)
+        y, total = norm_linear(
             x, norm["scale"], group, residual=residual, eps=eps, unit_offset=unit_offset, name=name, **options
         )
+        return y, total if self.parts is None else self.parts.shared(total)
 
     def after_glu(self, name: str, gate_up: Float[Array, "*M F2"], activation: str) -> Float[Array, "*M N"]:
         """The named layer on the gated unit; see `glu_linear`."""
-        options = self._adapters_act(name)
-        return glu_linear(gate_up, self._projection(name), activation=activation, name=name, **options)
+        options = self._adapters_act(name, (*gate_up.shape[:-1], gate_up.shape[-1] // 2))
+        y = glu_linear(gate_up, self._projection(name), activation=activation, name=name, **options)
+        return y if self.parts is None else self.parts.left(y)
 
     def apply(self, name: str, x: Float[Array, "*M K"]) -> Float[Array, "*M N"]:
-        """The named layer on x."""
-        return grouped_lora_linear(x, [self._projection(name)], **self._adapters_act(name))
+        """The named layer on x; over several devices along the tensor axis, one whose input is cut."""
+        y = grouped_lora_linear(x, [self._projection(name)], **self._adapters_act(name, x.shape))
+        return y if self.parts is None else self.parts.left(y)
 
     def _projection(self, name: str) -> Projection:
         base, adapter = self.base[name], self.adapter.get(name, {})
-        return Projection(base["kernel"], base.get("bias"), adapter.get("lora_A"), adapter.get("lora_B"))
+        bias = base.get("bias")
+        if self.parts is not None and name in ROW_PARALLEL:
+            bias = self.parts.first_only(bias)
+        return Projection(base["kernel"], bias, adapter.get("lora_A"), adapter.get("lora_B"))
 
-    def _adapters_act(self, name: str) -> dict[str, Any]:
-        """How the adapters of a call act; `name` sets its dropout apart from that of other calls."""
+    def _adapters_act(self, name: str, shape: tuple[int, ...]) -> dict[str, Any]:
+        """How the adapters of a call act; `name` sets its dropout apart from that of other calls. shape: of the
+        adapters' input."""
         if self.dropout_key is None:
             return {"scaling": self.adaptation.scaling}
-        index = sorted(self.base).index(name)
+        key: Any = jax.random.fold_in(self.dropout_key, sorted(self.base).index(name))
+        if self.parts is not None:
+            key = self.parts.dropout_key(key, shape, row_parallel=name in ROW_PARALLEL)
         return {
             "scaling": self.adaptation.scaling,
             "dropout_rate": self.adaptation.dropout_rate,
-            "dropout_key": jax.random.fold_in(self.dropout_key, index),
+            "dropout_key": key,
         }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -20,11 +21,12 @@ from jaxtune.loss_scale import LossScale
 from jaxtune.models.config import DecoderConfig
 from jaxtune.models.decoder import Tree, head_weight, hidden_states
 from jaxtune.optim import updated
+from jaxtune.parts import AXES, Parts
 from jaxtune.remat import MLP_CHUNK, OFFLOADED, remat_wrapper
 from pallas_kernels.cross_entropy import linear_cross_entropy
 
 Batch = Mapping[str, Array]
-MESH_AXES = ("data", "fsdp", "tensor")
+_BATCH = P(None, ("data", "fsdp"), "sequence")
 
 
 @flax.struct.dataclass
@@ -49,7 +51,7 @@ class StepConfig:
     dtype: compute dtype. adaptation: how adapters act. packed: rows hold several documents (batches carry segment_ids).
     remat: policy of jaxtune.remat. unroll: layers unrolled instead of scanned. max_grad_norm: clipping, or None.
     loss_chunk: tokens of logits at a time, or None. paged: the optimizer's state is in host memory between
-    updates.
+    updates. parts: how arrays are cut over several devices (`mesh.make_parts`), or None on one.
     """
 
     decoder: DecoderConfig
@@ -61,13 +63,14 @@ class StepConfig:
     max_grad_norm: float | None = None
     loss_chunk: int | None = None
     paged: bool = False
+    parts: Parts | None = None
 
 
-def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
-    """A mesh of the first data * fsdp * tensor devices."""
-    devices = jax.devices()[: data * fsdp * tensor]
-    auto = (jax.sharding.AxisType.Auto,) * len(MESH_AXES)
-    return jax.make_mesh((data, fsdp, tensor), MESH_AXES, axis_types=auto, devices=devices)
+def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, sequence: int = 1) -> Mesh:
+    """A mesh of the first data * fsdp * tensor * sequence devices; neighbours along tensor are next to each other."""
+    shape = data, fsdp, sequence, tensor
+    auto = (jax.sharding.AxisType.Auto,) * len(AXES)
+    return jax.make_mesh(shape, AXES, axis_types=auto, devices=jax.devices()[: math.prod(shape)])
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -83,8 +86,8 @@ def state_sharding(mesh: Mesh, *, paged: bool) -> Any:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows of [accumulation, rows, T] spread over the data and fsdp axes."""
-    return NamedSharding(mesh, P(None, ("data", "fsdp"), None))
+    """Rows of [accumulation, rows, T] spread over the data and fsdp axes, their tokens over the sequence axis."""
+    return NamedSharding(mesh, _BATCH)
 
 
 def init_state(lora: Any, optimizer: optax.GradientTransformation, seed: int, dtype: Any) -> TrainState:
@@ -102,13 +105,17 @@ def batch_loss(lora: Tree, frozen: Tree, batch: Batch, config: StepConfig, dropo
     """
     memory_kinds = {memory.kind for memory in jax.devices()[0].addressable_memories()}
     remat = remat_wrapper(config.remat, memory_kinds, unrolled=config.unroll)
+    decoder, vocabulary = config.decoder, None
+    if config.parts is not None:
+        decoder, vocabulary = config.parts.decoder(decoder), config.parts.vocabulary
+        frozen = config.parts.local(frozen)
     hidden, _ = hidden_states(
         frozen,
         lora,
         batch["tokens"],
         batch["positions"],
         batch["segment_ids"] if config.packed else None,
-        config.decoder,
+        decoder,
         config.adaptation,
         dtype=config.dtype,
         dropout_key=dropout_key,
@@ -116,6 +123,7 @@ def batch_loss(lora: Tree, frozen: Tree, batch: Batch, config: StepConfig, dropo
         unroll=config.unroll,
         mlp_chunk=MLP_CHUNK.get(config.remat),
         embedded=batch.get("embedded"),
+        parts=config.parts,
     )
     return linear_cross_entropy(
         hidden,
@@ -124,6 +132,7 @@ def batch_loss(lora: Tree, frozen: Tree, batch: Batch, config: StepConfig, dropo
         batch["loss_weights"],
         cap=config.decoder.logit_cap,
         chunk=config.loss_chunk,
+        vocabulary=vocabulary,
     )
 
 
@@ -157,7 +166,10 @@ def accumulate(
     else:
         zeros = (jnp.float32(0), jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), lora))
         (total, gradient), _ = lax.scan(lambda sums, xs: (jax.tree.map(jnp.add, sums, one(*xs)), None), zeros, micros)
-    weight = jnp.maximum(jnp.sum(batch["loss_weights"]), 1e-8) * scale
+    learnt = jnp.sum(batch["loss_weights"])
+    if config.parts is not None:
+        (total, learnt), gradient = config.parts.summed((total, learnt), gradient)
+    weight = jnp.maximum(learnt, 1e-8) * scale
     return total / weight, jax.tree.map(lambda g: g / weight, gradient)
 
 
@@ -174,7 +186,7 @@ def train_step(
         key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
     scale = 1.0 if state.loss_scale is None else state.loss_scale.scale
     loss, gradient = accumulate(state.lora, frozen, batch, config, key, scale)
-    norm = optax.tree.norm(gradient)
+    norm = optax.tree.norm(gradient) if config.parts is None else config.parts.norm(gradient)
     metrics = {"loss": loss, "grad_norm": norm}
     if config.max_grad_norm is not None:
         clip = jnp.minimum(1.0, config.max_grad_norm / (norm + 1e-6))
@@ -197,15 +209,19 @@ def train_step(
 def eval_step(lora: Tree, frozen: Tree, batch: Batch, config: StepConfig) -> tuple[Array, Array]:
     """Summed loss and number of learnt tokens of one batch [1, B, T], without dropout."""
     rows = jax.tree.map(lambda x: x[0], dict(batch))
-    return batch_loss(lora, frozen, rows, config, None), jnp.sum(rows["loss_weights"])
+    sums = batch_loss(lora, frozen, rows, config, None), jnp.sum(rows["loss_weights"])
+    return sums if config.parts is None else config.parts.sums(sums)
 
 
 def jit_train_step(
     optimizer: optax.GradientTransformation, config: StepConfig, mesh: Mesh
 ) -> Callable[[TrainState, Tree, Batch], tuple[TrainState, dict[str, Array]]]:
     """`train_step` compiled for the mesh; the state's buffers are donated."""
-    step = partial(train_step, optimizer=optimizer, config=config)
-    out = state_sharding(mesh, paged=config.paged), replicated(mesh)
+    step: Any = partial(train_step, optimizer=optimizer, config=config)
+    out: Any = state_sharding(mesh, paged=config.paged), replicated(mesh)
+    if (parts := config.parts) is not None:
+        specs = (parts.state, parts.frozen, _BATCH), (parts.state, P())
+        step, out = jax.shard_map(step, mesh=mesh, in_specs=specs[0], out_specs=specs[1], check_vma=False), None
     options = _compiler_options(config.remat, mesh.devices.flat[0].platform)
     return jax.jit(step, donate_argnums=0, out_shardings=out, compiler_options=options)
 
@@ -224,4 +240,8 @@ def _compiler_options(remat: str, platform: str) -> dict[str, bool] | None:
 
 def jit_eval_step(config: StepConfig, mesh: Mesh) -> Callable[[Tree, Tree, Batch], tuple[Array, Array]]:
     """`eval_step` compiled for the mesh."""
-    return jax.jit(partial(eval_step, config=dataclasses.replace(config, remat="none")), out_shardings=replicated(mesh))
+    step: Any = partial(eval_step, config=dataclasses.replace(config, remat="none"))
+    if (parts := config.parts) is not None:
+        specs = (parts.state.lora, parts.frozen, _BATCH)
+        step = jax.shard_map(step, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=False)
+    return jax.jit(step, out_shardings=replicated(mesh))

@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "jaxtune.command": "jaxtune.config_io jaxtune.errors",
     "jaxtune.data": "jaxtune.data jaxtune.config jaxtune.errors numpy jaxtyping datasets transformers jinja2 grain",
     "jaxtune.data.__main__": "jaxtune.data jaxtune.config jaxtune.config_io jaxtune.errors jaxtune.loading rich",
-    "jaxtune.models": "jaxtune.models jaxtune.linear jaxtune.errors pallas_kernels jax numpy jaxtyping",
+    "jaxtune.models": "jaxtune.models jaxtune.linear jaxtune.parts jaxtune.errors pallas_kernels jax numpy jaxtyping",
     "jaxtune": "jaxtune pallas_kernels jax numpy jaxtyping ml_dtypes flax optax orbax transformers jinja2 rich"
     " huggingface_hub",
     "jaxtune.api": "jaxtune jax numpy transformers datasets",

@@ -48,7 +48,11 @@ def self_attention(
     else:
         q, k, v = split_rope(qkv, context.cos, context.sin, heads=heads, kv_heads=kv_heads)
     form: Any = {"window": context.window, "cap": config.attention_cap, "scale": config.attention_scale}
-    if cache is None:
+    if cache is None and context.parts is not None:
+        q, k, v = context.parts.by_heads(q, k, v)
+        segment_ids = context.parts.rows(context.segment_ids)
+        out = context.parts.by_tokens(attention(q, k, v, segment_ids=segment_ids, **form))
+    elif cache is None:
         out = attention(q, k, v, segment_ids=context.segment_ids, **form)
     else:
         at = (layer, 0, context.cache_start, 0, 0)

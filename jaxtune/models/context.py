@@ -7,6 +7,7 @@ import dataclasses
 from jax import Array
 
 from jaxtune.linear import Adaptation
+from jaxtune.parts import Parts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,6 +21,7 @@ class Context:
     cache_first: index of each row's first token in the KV cache, int32 [B], where rows are padded in front; else None.
     window: keys that a query sees, or None for all.
     mlp_chunk: tokens that pass through an MLP at a time, recomputed in the backward pass; None for all at once.
+    parts: how the model is cut over the devices of a mesh; None on one device.
     """
 
     cos: Array
@@ -30,3 +32,4 @@ class Context:
     cache_first: Array | None = None
     window: int | None = None
     mlp_chunk: int | None = None
+    parts: Parts | None = None

@@ -20,6 +20,7 @@ from jaxtune.models.config import DecoderConfig
 from jaxtune.models.context import Context
 from jaxtune.models.norm import norm
 from jaxtune.models.rope import document_lengths
+from jaxtune.parts import Parts
 from pallas_kernels.nf4 import NF4Layer, NF4Tensor
 
 Tree = Mapping[str, Any]
@@ -67,7 +68,9 @@ def block(
         The residual stream after the layer, and the cache with the new tokens.
     """
     x = checkpoint_name(x, "layer_input")
-    attention = Linears(base["self_attn"], adapter.get("self_attn", {}), context.adaptation, split_key(key, 0))
+    attention = Linears(
+        base["self_attn"], adapter.get("self_attn", {}), context.adaptation, split_key(key, 0), context.parts
+    )
     qkv, x = attention.after_norm(
         ("q_proj", "k_proj", "v_proj"), x, base["input_layernorm"], **_norm_form(config), name="qkv"
     )
@@ -91,7 +94,7 @@ def _mlp(
     config: DecoderConfig,
 ) -> Float[Array, "B T D"]:
     """The residual stream with attention's output and then the MLP's added to it; every token for itself."""
-    mlp = Linears(base["mlp"], adapter, context.adaptation, key)
+    mlp = Linears(base["mlp"], adapter, context.adaptation, key, context.parts)
     gate_up, x = mlp.after_norm(
         ("gate_proj", "up_proj"), x, base["post_attention_layernorm"], attended, **_norm_form(config), name="gate_up"
     )
@@ -141,6 +144,7 @@ def hidden_states(
     unroll: bool = False,
     mlp_chunk: int | None = None,
     embedded: Float[Array, "B T D"] | None = None,
+    parts: Parts | None = None,
     cache: Cache | None = None,
     cache_start: Array | int = 0,
     cache_first: Int[Array, " B"] | None = None,
@@ -158,6 +162,7 @@ def hidden_states(
             slower to compile.
         mlp_chunk: tokens that pass through an MLP at a time; None for all.
         embedded: the tokens' rows of the embedding table, where `frozen` does not hold it.
+        parts: inside of a `shard_map`, how the trees are cut over its devices; arguments and result are this device's.
         cache: {"k", "v"}: [L, B, S, K, H]; new keys and values are written from index `cache_start` on.
         cache_first: index of each row's first token in the cache, where rows are padded in front.
 
@@ -165,12 +170,12 @@ def hidden_states(
         [B, T, D] ready for the head, and the cache.
     """
     # In generation all tokens take the angles of a document that fills the cache, whatever is in it by now.
-    lengths = document_lengths(positions, segment_ids) if cache is None else jnp.full((1, 1), cache["k"].shape[2])
+    lengths = _lengths(positions, segment_ids, parts) if cache is None else jnp.full((1, 1), cache["k"].shape[2])
 
     def context(window: int | None) -> Context:
         rope = config.local_rope if window is not None and config.local_rope is not None else config.rope
         cos, sin = rope.cos_sin(positions, lengths)
-        return Context(cos, sin, segment_ids, cache_start, adaptation, cache_first, window, mlp_chunk)
+        return Context(cos, sin, segment_ids, cache_start, adaptation, cache_first, window, mlp_chunk, parts)
 
     contexts = {window: context(window) for window in config.windows}
 
@@ -179,6 +184,8 @@ def hidden_states(
     def layer(carry: Carry, inputs: tuple[Any, Array], window: int | None) -> tuple[Carry, None]:
         (x, cache), (adapter, index) = carry, inputs
         base = jax.tree.map(partial(_pick, index=index), frozen["layers"], is_leaf=_is_packed)
+        if parts is not None:
+            base, adapter = parts.layer(base, adapter)
         key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
         return block(x, base, adapter, contexts[window], config, key, cache, index), None
 
@@ -193,10 +200,20 @@ def hidden_states(
     layers, period = (lora.get("layers", {}), jnp.arange(config.num_layers)), len(wrapped)
     whole = config.num_layers // period * period
     patterns = [jax.tree.map(lambda leaf, i=i: leaf[i:whole:period], layers) for i in range(period)]
+    if embedded is None and parts is not None:
+        embedded = parts.embedded(frozen["embed_tokens"]["embedding"], tokens)
     carry, _ = lax.scan(pattern, (embed(frozen, tokens, config, dtype, embedded), cache), patterns, unroll=unroll)
     rest = [jax.tree.map(lambda leaf, i=i: leaf[i], layers) for i in range(whole, config.num_layers)]
     (x, cache), _ = pattern(carry, rest)
     return norm(x, frozen["norm"], config), cache
+
+
+def _lengths(positions: Array, segment_ids: Array | None, parts: Parts | None) -> Array:
+    if parts is None:
+        return document_lengths(positions, segment_ids)
+    rows = parts.rows(positions)
+    assert rows is not None
+    return parts.own_tokens(document_lengths(rows, parts.rows(segment_ids)))
 
 
 def _is_packed(leaf: Any) -> bool:
@@ -209,8 +226,8 @@ def _pick(leaf: Any, index: Array) -> Any:
 
 
 def _keep_all_but_weights(layer: Callable[..., Any]) -> Callable[..., Any]:
-    """Recompute nothing but the choice of a layer's weights from the stack."""
-    picking = (lax.dynamic_slice_p, lax.squeeze_p)
+    """Recompute nothing but the choice of a layer's weights from the stack, and their gathering."""
+    picking = (lax.dynamic_slice_p, lax.squeeze_p, lax.all_gather_p)
     return jax.checkpoint(layer, prevent_cse=False, policy=lambda primitive, *_, **__: primitive not in picking)
 
 

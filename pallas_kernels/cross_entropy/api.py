@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from jax import Array
+from jax import Array, lax
 from jaxtyping import Float, Int
 
 from pallas_kernels._dispatch import choose
-from pallas_kernels.cross_entropy.xla import linear_cross_entropy_xla
+from pallas_kernels.cross_entropy.xla import Vocabulary, linear_cross_entropy_xla
 
 LOGITS_BUDGET_BYTES = 256 * 2**20
 
@@ -25,6 +25,7 @@ def linear_cross_entropy(
     *,
     cap: float | None = None,
     chunk: int | None = None,
+    vocabulary: Vocabulary | None = None,
     implementation: str | None = None,
 ) -> Float[Array, ""]:
     """Sum over tokens of weight * -log softmax(hidden head^T)[target]; only one chunk's logits exist at a time.
@@ -36,6 +37,8 @@ def linear_cross_entropy(
         targets: int32 [B, T], values in [0, V). weights: float32 [B, T], 0 where a token is not learnt.
         cap: soft-cap of the logits, cap * tanh(logits / cap); None for none.
         chunk: tokens whose logits may exist at once, over all rows; None takes what 256 MiB of float32 logits hold.
+        vocabulary: inside of a `shard_map`, how the head's rows lie on its devices: `head` is then this device's part
+            of it, and hidden, targets and weights are this device's rows, of the same shape on all.
         implementation: "xla", or None to choose.
 
     Returns:
@@ -53,5 +56,6 @@ def linear_cross_entropy(
             f"weights {weights.shape} must be [B, T, D], [V, D], [B, T], [B, T]"
         )
     choose("linear_cross_entropy", implementation, {"xla": lambda: None})
-    per_row = max(1, min(t, (chunk or chunk_tokens(head.shape[0])) // b))
-    return linear_cross_entropy_xla(hidden, head.astype(hidden.dtype), targets, weights, per_row, cap)
+    visiting = b if vocabulary is None or vocabulary.tokens is None else b * lax.axis_size(vocabulary.tokens)
+    per_row = max(1, min(t, (chunk or chunk_tokens(head.shape[0])) // visiting))
+    return linear_cross_entropy_xla(hidden, head.astype(hidden.dtype), targets, weights, per_row, cap, vocabulary)

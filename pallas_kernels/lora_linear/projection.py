@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from pallas_kernels.lora_linear.part_key import PartKey
 from pallas_kernels.nf4 import NF4Layer, NF4Tensor, dequantize
 from pallas_kernels.nf4.triton import decode_into
 from pallas_kernels.nf4.triton import unsupported_reason as decode_reason
@@ -114,7 +115,7 @@ def decoded(group: Group, x: Array) -> tuple[Array, Array]:
     """All weights as one [sum of N, K] in x's dtype, and x."""
     weights, x = _tied(group, x)
     alone = [w.picked() if isinstance(w, NF4Layer) else w for w in weights]
-    matrices = [jnp.asarray(dequantize(w, x.dtype)) if isinstance(w, NF4Tensor) else w.astype(x.dtype) for w in alone]
+    matrices = [jnp.asarray(dequantize(w, x.dtype, "xla")) if isinstance(w, NF4Tensor) else w.astype(x.dtype) for w in alone]
     return matrices[0] if len(matrices) == 1 else jnp.concatenate(matrices), x
 
 
@@ -167,7 +168,7 @@ def outer_transposed(narrow: Array, wide: Array) -> Array:
     return outer(narrow, wide).T
 
 
-def low_rank(x: Array, a: Array, group: Group, key: Array | None, rate: float) -> Array:
+def low_rank(x: Array, a: Array, group: Group, key: Array | PartKey | None, rate: float) -> Array:
     """x A^T [M, tail], each member's columns from an input with dropout of its own.
 
     `x` may be wider than A: columns beyond A's are not read.
@@ -181,7 +182,7 @@ def low_rank(x: Array, a: Array, group: Group, key: Array | None, rate: float) -
 
 
 def low_rank_backward(
-    dt: Array, x: Array, a: Array, group: Group, key: Array | None, rate: float
+    dt: Array, x: Array, a: Array, group: Group, key: Array | PartKey | None, rate: float
 ) -> tuple[Array, Array]:
     """Gradients of `low_rank`: dt A [M, K] in x's dtype, and dt^T x [tail, K] in float32."""
     if rate == 0.0 or key is None:
@@ -200,9 +201,12 @@ def _members(group: Group, tail: int) -> list[slice]:
     return [slice(start, end) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
 
 
-def _dropout(x: Array, rate: float, key: Array, member: int) -> Array:
+def _dropout(x: Array, rate: float, key: Array | PartKey, member: int) -> Array:
     """Inverted dropout. It is its own backward pass, with the same key."""
-    keep = jax.random.bernoulli(jax.random.fold_in(key, member), 1.0 - rate, x.shape)
+    if isinstance(key, PartKey):
+        keep = key.keep(member, 1.0 - rate)
+    else:
+        keep = jax.random.bernoulli(jax.random.fold_in(key, member), 1.0 - rate, x.shape)
     return jnp.where(keep, x / (1.0 - rate), 0).astype(x.dtype)
 
 
