@@ -125,8 +125,8 @@ class SFTTrainer:
         self.tokenizer = next((one for one in (tokenizer, processing_class) if one is not None), model.base.tokenizer)
         if not isinstance(self.tokenizer, PreTrainedTokenizerBase):
             raise UserError(
-                f"SFTTrainer: tokenizer is {shown(self.tokenizer)}; it must be the one of from_pretrained, or another of "
-                "transformers (not a processor, of which it may be the .tokenizer)"
+                f"SFTTrainer: tokenizer is {shown(self.tokenizer)}; it must be the one of from_pretrained, or another "
+                "of transformers (not a processor, of which it may be the .tokenizer)"
             )
         self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
         self.formatting_func = formatting_func
