@@ -29,8 +29,17 @@ from jaxtune.errors import UserError
 
 _TEMPORARY = ".tmp-"
 # Where model and data come from, and what `auto` means, may change: their content has fingerprints of its own, and the
-# dtype is compared as it was resolved.
-_COMPARED_OTHERWISE = {"model.name_or_path", "model.revision", "model.sha256", "model.dtype", "data.train"}
+# dtype is compared as it was resolved. So may how a step's rows are cut into micro-batches, which moves its sums by
+# rounding only.
+_COMPARED_OTHERWISE = {
+    "model.name_or_path",
+    "model.revision",
+    "model.sha256",
+    "model.dtype",
+    "data.train",
+    "train.batch_size",
+    "train.gradient_accumulation_steps",
+}
 
 
 class CorruptCheckpointError(UserError):
@@ -192,6 +201,8 @@ def check_compatible(meta: Mapping[str, Any], config: RunConfig, data: str, mode
         saved, contents = from_dict(meta["config"]), meta["contents"]
         pairs = [("the data's content", contents["data"], data), ("the base model's content", contents["model"], model)]
         pairs += [("the compute dtype (model.dtype)", contents["dtype"], dtype)]
+        rows = "the rows of a step (train.batch_size x train.gradient_accumulation_steps)"
+        pairs += [(rows, saved.train.rows_per_step, config.train.rows_per_step)]
     except (UserError, KeyError) as error:
         raise UserError(f"cannot resume: this release does not read the checkpoint's configuration: {error}") from error
     keys = (determining(saved).keys() | determining(config).keys()) - _COMPARED_OTHERWISE

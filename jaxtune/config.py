@@ -337,6 +337,11 @@ class TrainConfig:
     memory_limit: str | None = None
 
     @property
+    def rows_per_step(self) -> int:
+        """Rows that one update takes."""
+        return self.batch_size * self.gradient_accumulation_steps
+
+    @property
     def is_paged(self) -> bool:
         """Whether the optimizer's state is in host memory between updates."""
         return self.optim.startswith("paged_")

@@ -50,7 +50,7 @@ CONSTANT: dict[str, dict[str, Any]] = {
 def computed(output: Path) -> list[dict[str, Any]]:
     """The metrics without timings, and without the records that each start of the program makes of itself."""
     read = read_metrics(output / "metrics.jsonl")
-    records = [record for record in read if not record.keys() & {"frozen_bytes", "versions"}]
+    records = [record for record in read if not record.keys() & {"frozen_bytes", "versions", "compiled_bytes"}]
     return [{name: value for name, value in record.items() if name not in TIMINGS} for record in records]
 
 
@@ -127,6 +127,23 @@ def test_run_at_a_constant_rate_is_prolonged_bit_for_bit(write_run: WriteRun, tm
     assert computed(tmp_path / "short") == records
     status, err = run_main(*short, "--resume", "--set", "train.max_steps=3")
     assert (status, "step 4 is done" in err, "train.max_steps" in err) == (2, True, True)
+
+
+def test_a_step_may_be_cut_otherwise(write_run: WriteRun, tmp_path: Path, run_main: Main) -> None:
+    """The rows of a step stay the same ones, in smaller micro-batches and more of them; another number is refused."""
+    config = write_run(train=CONSTANT["train"], lora={"lora_dropout": 0.0})
+    cut = ("--config", config, "--set", f"output.dir={tmp_path / 'cut'}")
+    smaller = ("--resume", "--set", "train.batch_size=1", "--set")
+    for arguments in (["--config", config], [*cut, "--set", "train.max_steps=2"]):
+        status, err = run_main(*arguments)
+        assert status == 0, err
+    status, err = run_main(*cut, *smaller, "train.gradient_accumulation_steps=3")
+    assert (status, "train.gradient_accumulation_steps): 4 then, 3 now" in err) == (2, True)
+    status, err = run_main(*cut, *smaller, "train.gradient_accumulation_steps=4")
+    assert status == 0, err
+    losses = [[r["loss"] for r in computed(tmp_path / name) if "loss" in r] for name in ("out", "cut")]
+    assert losses[0][:2] == losses[1][:2]
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-4)
 
 
 def test_files_may_move(
