@@ -43,6 +43,11 @@ class Point:
     directory: Path
 
     @property
+    def number(self) -> str:
+        """What its name begins with, and what tables and charts call it."""
+        return self.name.partition("_")[0]
+
+    @property
     def log(self) -> Path:
         """What the run prints."""
         return self.directory.with_name(self.directory.name + ".log")
@@ -169,6 +174,7 @@ def _rows(results: Sequence[Result]) -> list[tuple[str, ...]]:
 
     return [
         (
+            result.point.number,
             *(str(value) for value in result.point.settings.values()),
             number(result.eval_loss, "{:.4f}"),
             number(result.loss, "{:.4f}"),
@@ -182,7 +188,7 @@ def _rows(results: Sequence[Result]) -> list[tuple[str, ...]]:
 
 def write_summary(results: Sequence[Result], directory: Path, console: Console) -> None:
     """The table on the console; the same with the curves as sweep.html; the figures as sweep.json."""
-    header = (*results[0].point.settings, "held-out loss", "loss", "tokens/s", "device", "")
+    header = ("run", *results[0].point.settings, "held-out loss", "loss", "tokens/s", "device", "")
     rows = _rows(results)
     table = Table()
     for name in header:
@@ -198,13 +204,11 @@ def write_summary(results: Sequence[Result], directory: Path, console: Console) 
             records = read_metrics(path) if path.is_file() else []
             points = [(r["step"], r[key]) for r in records if isinstance(r.get(key), int | float)]
             if points:
-                curves[result.point.name.partition("_")[0]] = points
+                curves[result.point.number] = points
         # More curves than colours would not be told apart.
         for start in range(0, len(curves), len(SERIES_CLASSES)):
             charts.append(line_chart(title, dict(list(curves.items())[start : start + len(SERIES_CLASSES)])))
     body = f'<div class="charts">{"".join(charts)}</div><h2>Runs</h2>{html_table(rows, header)}'
-    names = [(result.point.name, result.point.directory.name) for result in results]
-    body += f"<h2>Names in the charts</h2>{html_table([(name.partition('_')[0], where) for name, where in names])}"
     (directory / "sweep.html").write_text(html_page(directory.name, body), encoding="utf-8")
     plain = [dataclasses.asdict(result) | {"point": result.point.name, **result.point.settings} for result in results]
     (directory / "sweep.json").write_text(json.dumps(plain, indent=1) + "\n", encoding="utf-8")

@@ -84,6 +84,8 @@ def test_runs_side_by_side_one_of_which_fails(
     page = (out / "sweep.html").read_text()
     assert "held-out loss" in page
     assert "<svg" in page
+    assert "<th>run</th>" in page
+    assert "<td>02</td>" in page
     assert "not finite" in next(out.glob("02_*.log")).read_text()
     before = sorted(path.stat().st_mtime for path in out.glob("01_*/**/*"))
     assert sweep.main([*arguments, "--grid", "train.learning_rate=1e-3"]) == 0
