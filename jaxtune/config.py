@@ -239,6 +239,8 @@ class DataConfig:
         _check_range("data", self, "eval_fraction", lambda x: 0 < x < 1, "more than 0 and below 1")
         if not self.sources:
             raise UserError("data.train names no source; name a file, a directory or a hub dataset")
+        if isinstance(self.train, tuple) and (twice := [name for name in self.train if self.train.count(name) > 1]):
+            raise UserError(f"data.train names {twice[0]} more than once; name it once, with a weight: {twice[0]}: 2")
         for name, weight in self.sources.items():
             if weight <= 0:
                 raise UserError(f"data.train.{name} is {weight}; set its weight to more than 0, or remove the source")

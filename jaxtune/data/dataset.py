@@ -184,7 +184,13 @@ def _hold_out(read: _Read, fraction: float, take: bool) -> None:
             break
         held.add(digest)
         wanted -= counts[digest]
-    read.documents = [item for item in read.documents if (item[2] in held) == take]
+    kept = [item for item in read.documents if (item[2] in held) == take]
+    if read.documents and not kept:
+        raise UserError(
+            f"data.eval_fraction {fraction} of {len(read.documents)} records with {len(counts)} different texts leaves "
+            "none to learn; name held-out records in data.eval instead"
+        )
+    read.documents = kept
 
 
 def _finish(read: _Read, opened: Sequence[tuple[Records, float]], config: DataConfig) -> Dataset:
@@ -208,6 +214,12 @@ def _finish(read: _Read, opened: Sequence[tuple[Records, float]], config: DataCo
         pieces = [piece for document in mine for piece in _fit(document, config)]
         learning += [piece for piece in pieces if piece.weights.any()]
         tally.unlearnt = [piece.record for piece in pieces if not piece.weights.any()]
+        count = len(learning) - start
+        if count and round(weight * count) == 0:
+            raise UserError(
+                f"data.train.{records.name} has {count} documents and the weight {weight:g}, so an epoch would take "
+                f"none of them; set the weight to {1 / count:.2g} or more, or remove the source"
+            )
         sources.append(Source(records.name, read.forms[number], start, len(learning), weight, tally))
     records_read = sum(tally.records for tally in read.tallies)
     if not learning:

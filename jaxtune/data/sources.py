@@ -6,6 +6,7 @@ types that they have in the file, and a file need not fit into memory. `datasets
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import csv
 import dataclasses
@@ -139,6 +140,8 @@ def _open_json(path: pathlib.Path) -> Callable[[], Iterator[Record | Unreadable]
         head = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
     if not head:
         raise UserError(f"data file {path} is empty; at least one record is needed")
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise UserError(f"data file {path} is UTF-16; save it as UTF-8")
     if head[:1] == b"[":
         records = list(_json_list(path))
         return lambda: iter(records)
@@ -294,8 +297,11 @@ def _cells(path: pathlib.Path) -> dict[str, Any]:
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             header = next(row for row in csv.reader(file, delimiter=separator) if row)
-    except (ValueError, StopIteration, csv.Error) as error:
-        raise UserError(f"data file {path} has no header that can be read as UTF-8 ({error}); correct it") from error
+    except UnicodeDecodeError as error:
+        byte = error.object[error.start]
+        raise UserError(f"data file {path} is not UTF-8 (byte 0x{byte:02x} in its header); save it so") from error
+    except (StopIteration, csv.Error) as error:
+        raise UserError(f"data file {path} has no header that can be read ({error}); correct it") from error
     if len(set(header)) < len(header):
         raise UserError(f"data file {path} has two columns of one name ({', '.join(header)}); rename one of them")
     features = datasets.Features({column: datasets.Value("string") for column in header})

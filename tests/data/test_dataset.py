@@ -170,3 +170,15 @@ def test_records_in_memory_and_a_function_of_the_users(make_tokenizer: Make) -> 
     with pytest.raises(KeyError) as raised:
         decoded(lambda row: row["x"])
     assert raised.value.__notes__ == ["in formatting_func, given the records given, record 1"]
+
+
+def test_what_would_leave_a_source_or_a_split_without_documents_is_refused(
+    make_tokenizer: Make, write_jsonl: Write
+) -> None:
+    many, same = write_jsonl(word_records(*range(3, 8)), "many.jsonl"), write_jsonl(word_records(4, 4, 4), "same.jsonl")
+    with pytest.raises(UserError, match=r"many\.jsonl has 5 documents and the weight 0\.05, .* to 0\.2 or more"):
+        build(DataConfig(train={many: 0.05, same: 1.0}, max_length=8), make_tokenizer())
+    with pytest.raises(UserError, match=r"of 3 records with 1 different texts leaves none to learn"):
+        build_text(make_tokenizer, same, eval_fraction=0.4)
+    with pytest.raises(UserError, match=r"same\.jsonl more than once; name it once, with a weight"):
+        DataConfig(train=(same, many, same))

@@ -116,6 +116,8 @@ def test_what_cannot_be_read_is_named(tmp_path: pathlib.Path, write_jsonl: Calla
     (tmp_path / "null.json").write_text("null")
     (tmp_path / "one.json").write_text('{\n  "data": [{"text": "a"}]\n}')
     (tmp_path / "latin.json").write_bytes('[{"text": "é"}]'.encode("latin-1"))
+    (tmp_path / "wide.jsonl").write_text('{"text": "a"}', encoding="utf-16")
+    (tmp_path / "latin.csv").write_text("a,é", encoding="latin-1")
     (tmp_path / "ragged.csv").write_text("a,b\n1,2\n1,2,3\n")
     (tmp_path / "a::b.csv").write_text("a,b\n1,2\n")
     (tmp_path / "empty.parquet").write_text("")
@@ -130,6 +132,8 @@ def test_what_cannot_be_read_is_named(tmp_path: pathlib.Path, write_jsonl: Calla
         (tmp_path / "null.json", "train", r"null\.json begins with 'null'; it must hold a list"),
         (tmp_path / "one.json", "train", r"one\.json holds one object over several lines; put the records in a list"),
         (tmp_path / "latin.json", "train", r"latin\.json is not UTF-8 \(byte 0xe9 at 11\)"),
+        (tmp_path / "wide.jsonl", "train", r"wide\.jsonl is UTF-16; save it as UTF-8"),
+        (tmp_path / "latin.csv", "train", r"latin\.csv is not UTF-8 \(byte 0xe9 in its header\)"),
         (tmp_path / "ragged.csv", "train", r"ragged\.csv could not be read: .*Expected 2 fields in line 3"),
         (tmp_path / "a::b.csv", "train", r"has :: in its path"),
         (tmp_path / "empty.parquet", "train", r"empty\.parquet is empty"),
