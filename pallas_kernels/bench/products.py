@@ -1,0 +1,305 @@
+"""Cases of the ops around matrix products: nf4_matmul, lora_linear, norm_linear, glu_linear, attention,
+cross_entropy."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from pallas_kernels._specs import MODELS, ModelShape
+from pallas_kernels.attention import attention
+from pallas_kernels.attention.reference import attention_reference, visible
+from pallas_kernels.bench.case import BOTH, FORWARD, Case, flops, normal, packed, reduced
+from pallas_kernels.cross_entropy import linear_cross_entropy
+from pallas_kernels.cross_entropy.reference import linear_cross_entropy_reference
+from pallas_kernels.glu.reference import glu_reference
+from pallas_kernels.glu_linear import glu_linear
+from pallas_kernels.lora_linear import Projection, lora_linear
+from pallas_kernels.lora_linear.reference import lora_linear_reference
+from pallas_kernels.nf4.reference import nf4_dequantize_reference
+from pallas_kernels.nf4_matmul import nf4_matmul
+from pallas_kernels.nf4_matmul.reference import nf4_matmul_reference
+from pallas_kernels.nf4_matmul.specs import ROWS
+from pallas_kernels.nf4_matmul.specs import SPECS as MATMUL_SPECS
+from pallas_kernels.norm_linear import norm_linear
+from pallas_kernels.rms_norm.reference import rms_norm_reference
+
+RANK, SCALING, EPS = 64, 2.0, 1e-5
+BOTH_WAYS = ("triton", "xla")
+Adapter = tuple[Array, Array]
+
+
+def _models(small: bool) -> Iterator[tuple[str, ModelShape]]:
+    for name, shape in MODELS.items():
+        yield name, reduced(shape) if small else shape
+
+
+def nf4_matmul_cases(small: bool) -> Iterator[Case]:
+    """One decoded token to a batch of training."""
+    for name, (n, k) in MATMUL_SPECS.items():
+        rows, columns = (min(n, 192), min(k, 256)) if small else (n, k)
+        for real_m in ROWS:
+            m = min(real_m, 40) if small else real_m
+
+            def make(key: Array, m: int = m, rows: int = rows, columns: int = columns) -> tuple[Any, ...]:
+                keys = jax.random.split(key, 2)
+                return normal(keys[0], (m, columns)), packed(keys[1], (rows, columns))
+
+            yield Case(
+                "nf4_matmul",
+                name,
+                m,
+                nf4_matmul,
+                ("xla",),
+                make=make,
+                call=lambda f, x, w: f(x, w),
+                reference=nf4_matmul_reference,
+                flops=flops(2.0 * m * rows * columns, 4.0 * m * rows * columns),
+                wrt=(0,),
+                headline=name == "llama-3-8b/gate_proj",
+            )
+
+
+def _adapter(key: Array, n: int, k: int) -> Adapter:
+    keys = jax.random.split(key, 2)
+    return normal(keys[0], (RANK, k), k**-0.5, jnp.float32), normal(keys[1], (n, RANK), 0.1, jnp.float32)
+
+
+def _adapted(x: Array, weight: Any, adapter: Adapter) -> Array:
+    """One adapted layer by its definition, in x's dtype."""
+    a, b = (v.astype(x.dtype) for v in adapter)
+    return lora_linear_reference(x, nf4_dequantize_reference(weight, x.dtype.name), None, a, b, SCALING, None)
+
+
+def _adapted_flops(m: int, n: int, k: int, members: int = 1) -> Any:
+    """Base product twice with its gradient; the adapters' three times, as they have a gradient themselves."""
+    base, adapters = 2.0 * m * n * k, 2.0 * m * RANK * (n + members * k)
+    return flops(base + adapters, 2 * base + 3 * adapters)
+
+
+def lora_linear_cases(small: bool) -> Iterator[Case]:
+    """One adapted layer of 8,192 tokens."""
+    for model, shape in _models(small):
+        m = 24 if small else 8192
+        for layer in ("o_proj", "gate_proj"):
+            n, k = shape.linears[layer]
+
+            def make(key: Array, m: int = m, n: int = n, k: int = k) -> tuple[Any, ...]:
+                keys = jax.random.split(key, 3)
+                return normal(keys[0], (m, k)), packed(keys[1], (n, k)), _adapter(keys[2], n, k)
+
+            yield Case(
+                "lora_linear",
+                f"{model}/{layer}",
+                m,
+                lora_linear,
+                BOTH_WAYS,
+                make=make,
+                call=lambda f, x, w, adapter: f(x, w, None, *adapter, scaling=SCALING),
+                reference=_adapted,
+                flops=_adapted_flops(m, n, k),
+                wrt=(0, 2),
+                timed=(FORWARD, BOTH),
+                headline=(model, layer) == ("llama-3-8b", "gate_proj"),
+            )
+
+
+def norm_linear_cases(small: bool) -> Iterator[Case]:
+    """Gate and up behind their norm and residual, 8,192 tokens; and norm and base alone, to compare with."""
+    for model, shape in _models(small):
+        m, k, n = (24 if small else 8192), shape.hidden, shape.mlp
+        call_rest: dict[str, Any] = {"eps": EPS, "scaling": SCALING}
+
+        def make(key: Array, m: int = m, n: int = n, k: int = k) -> tuple[Any, ...]:
+            keys = jax.random.split(key, 7)
+            x, residual, scale = normal(keys[0], (m, k)), normal(keys[1], (m, k)), 1 + normal(keys[2], (k,), 0.1)
+            weights = packed(keys[3], (n, k)), packed(keys[4], (n, k))
+            return x, residual, scale, weights, (_adapter(keys[5], n, k), _adapter(keys[6], n, k))
+
+        def call(
+            f: Any, x: Array, residual: Array, scale: Array, weights: Any, adapters: Any, rest: Any = call_rest
+        ) -> Any:
+            group = [Projection(w, None, *adapter) for w, adapter in zip(weights, adapters, strict=True)]
+            return f(x, scale, group, residual=residual, **rest)
+
+        def reference(x: Array, residual: Array, scale: Array, weights: Any, adapters: Any) -> Any:
+            total = x + residual
+            h = rms_norm_reference(total, scale, EPS)
+            parts = [_adapted(h, w, adapter) for w, adapter in zip(weights, adapters, strict=True)]
+            return jnp.concatenate(parts, axis=1), total
+
+        def make_dense(key: Array, m: int = m, n: int = n, k: int = k) -> tuple[Any, ...]:
+            keys = jax.random.split(key, 4)
+            x, residual = normal(keys[0], (m, k)), normal(keys[1], (m, k))
+            return x, residual, 1 + normal(keys[2], (k,), 0.1), normal(keys[3], (2 * n, k), k**-0.5)
+
+        def dense_reference(x: Array, residual: Array, scale: Array, weight: Array) -> Any:
+            total = x + residual
+            return rms_norm_reference(total, scale, EPS) @ weight.T, total
+
+        yield Case(
+            "norm_linear",
+            f"{model}/gate_up",
+            m,
+            norm_linear,
+            BOTH_WAYS,
+            make=make,
+            call=call,
+            reference=reference,
+            flops=_adapted_flops(m, 2 * n, k, members=2),
+            wrt=(0, 1, 4),
+            timed=(FORWARD, BOTH),
+            headline=model == "llama-3-8b",
+        )
+        yield Case(
+            "norm_linear",
+            f"{model}/gate_up, dense without adapters",
+            m,
+            norm_linear,
+            ("xla",),
+            make=make_dense,
+            call=lambda f, x, residual, scale, w: f(x, scale, [Projection(w)], residual=residual, eps=EPS),
+            reference=dense_reference,
+            flops=flops(4.0 * m * n * k, 8.0 * m * n * k),
+            wrt=(0, 1),
+            timed=(FORWARD, BOTH),
+            headline=model == "llama-3-8b",
+        )
+
+
+def glu_linear_cases(small: bool) -> Iterator[Case]:
+    """The gated unit and the layer behind it, 8,192 tokens."""
+    for model, shape in _models(small):
+        m, n, k = (24 if small else 8192), shape.hidden, shape.mlp
+
+        def make(key: Array, m: int = m, n: int = n, k: int = k) -> tuple[Any, ...]:
+            keys = jax.random.split(key, 3)
+            return normal(keys[0], (m, 2 * k)), packed(keys[1], (n, k)), _adapter(keys[2], n, k)
+
+        def reference(gate_up: Array, weight: Any, adapter: Adapter) -> Array:
+            gate, up = jnp.split(gate_up, 2, axis=1)
+            return _adapted(glu_reference(gate, up, "silu"), weight, adapter)
+
+        yield Case(
+            "glu_linear",
+            f"{model}/down_proj",
+            m,
+            glu_linear,
+            BOTH_WAYS,
+            make=make,
+            call=lambda f, x, w, adapter: f(x, Projection(w, None, *adapter), scaling=SCALING),
+            reference=reference,
+            flops=_adapted_flops(m, n, k),
+            wrt=(0, 2),
+            timed=(FORWARD, BOTH),
+            headline=model == "llama-3-8b",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Mask:
+    name: str
+    documents: bool = False
+    window: int | None = None
+    cap: float | None = None
+
+
+_MASKS = (
+    _Mask("causal"),
+    _Mask("packed", documents=True),
+    _Mask("packed, soft-cap", documents=True, cap=50.0),
+    _Mask("packed, window", documents=True, window=512),
+)
+
+
+def attention_cases(small: bool) -> Iterator[Case]:
+    """4 x 2,048 tokens: one document a row, or four of unequal length, with soft-cap or window."""
+    for model, shape in _models(small):
+        b, t = (2, 40) if small else (4, 2048)
+        starts = np.array([0, 1, 3, 4]) * t // 8
+        ids = np.searchsorted(starts, np.arange(t), side="right").astype(np.int32)
+        for mask in _MASKS:
+            lengths = np.diff([*starts, t]) if mask.documents else np.array([t])
+            window = None if mask.window is None else min(mask.window, t // 4)
+            seen = b * sum(sum(min(i + 1, window or t) for i in range(length)) for length in map(int, lengths))
+            products = 4.0 * shape.heads * shape.head_width * seen
+
+            def make(
+                key: Array, b: int = b, t: int = t, shape: ModelShape = shape, mask: _Mask = mask, ids: Any = ids
+            ) -> tuple[Any, ...]:
+                keys = jax.random.split(key, 3)
+                heads = (shape.heads, shape.kv_heads, shape.kv_heads)
+                qkv = [normal(k, (b, t, n, shape.head_width)) for k, n in zip(keys, heads, strict=True)]
+                return *qkv, (jnp.broadcast_to(ids, (b, t)) if mask.documents else None)
+
+            def reference(
+                q: Array, k: Array, v: Array, segments: Array | None, mask: _Mask = mask, window: int | None = window
+            ) -> Array:
+                index = jnp.arange(q.shape[1])
+
+                @jax.checkpoint
+                def one_row(row: tuple[Any, ...]) -> Array:
+                    q, k, v, segments = jax.tree.map(lambda x: x[None], row)
+                    seen = visible(index, index, segments, segments, window)
+                    return attention_reference(q, k, v, seen, q.shape[-1] ** -0.5, mask.cap)[0]
+
+                return lax.map(one_row, (q, k, v, segments))
+
+            yield Case(
+                "attention",
+                f"{model}/{mask.name}",
+                b * t,
+                attention,
+                ("cudnn", "xla"),
+                make=make,
+                call=lambda f, q, k, v, segments, window=window, cap=mask.cap: f(
+                    q, k, v, segment_ids=segments, window=window, cap=cap
+                ),
+                reference=reference,
+                flops=flops(products, 3.5 * products),
+                wrt=(0, 1, 2),
+                timed=(FORWARD, BOTH),
+                headline=model == "llama-3-8b",
+            )
+
+
+def cross_entropy_cases(small: bool) -> Iterator[Case]:
+    """Head and loss of 4 x 2,048 tokens, all of them learnt, forward and backward."""
+    for model, shape in _models(small):
+        b, t = (2, 20) if small else (4, 2048)
+        products = 2.0 * b * t * shape.hidden * shape.vocabulary
+
+        def make(key: Array, b: int = b, t: int = t, shape: ModelShape = shape) -> tuple[Any, ...]:
+            keys = jax.random.split(key, 3)
+            hidden, head = (
+                normal(keys[0], (b, t, shape.hidden)),
+                normal(keys[1], (shape.vocabulary, shape.hidden), 0.02),
+            )
+            targets = jax.random.randint(keys[2], (b, t), 0, shape.vocabulary)
+            return hidden, head, targets, jnp.full((b, t), 1 / (b * t), jnp.float32)
+
+        def reference(hidden: Array, head: Array, targets: Array, weights: Array) -> Array:
+            pieces = [x.reshape(-1, 1, x.shape[1] // 4, *x.shape[2:]) for x in (hidden, targets, weights)]
+            piece = jax.checkpoint(lambda h, y, w: linear_cross_entropy_reference(h, head, y, w))
+            return jnp.sum(lax.map(lambda x: piece(*x), tuple(pieces)))
+
+        yield Case(
+            "cross_entropy",
+            model,
+            b * t,
+            linear_cross_entropy,
+            ("xla",),
+            make=make,
+            call=lambda f, *inputs: f(*inputs),
+            reference=reference,
+            flops=flops(products, 2 * products),
+            wrt=(0,),
+            timed=(BOTH,),
+            headline=model == "llama-3-8b",
+        )

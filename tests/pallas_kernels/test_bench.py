@@ -1,0 +1,135 @@
+"""The bench refuses what is wrong, times what is right, and takes a variant from outside."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pallas_kernels._device import compute_capability
+from pallas_kernels.bench import __main__ as command
+from pallas_kernels.bench import report, timing
+from pallas_kernels.bench.case import chosen
+from pallas_kernels.bench.run import rows_of
+
+VARIANTS = """
+import jax
+import jax.numpy as jnp
+
+TUNING = {"shift": [0.0, 1.0]}
+
+
+def norm(x, scale, *, eps, shift=0.0):
+    f = x.astype(jnp.float32)
+    y = f * jax.lax.rsqrt(jnp.mean(jnp.square(f), axis=-1, keepdims=True) + eps)
+    return (y.astype(x.dtype) * scale + shift).astype(x.dtype)
+
+
+def no_gradient(x, scale, *, eps):
+    return jax.lax.stop_gradient(norm(x, scale, eps=eps))
+
+
+def breaks(x, scale, *, eps):
+    raise RuntimeError("no such kernel")
+"""
+needs_no_gpu = pytest.mark.skipif(compute_capability() is not None, reason="says what happens without a GPU")
+
+
+@pytest.fixture
+def variants(tmp_path: Path) -> Path:
+    path = tmp_path / "mine.py"
+    path.write_text(VARIANTS)
+    return path
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
+    status = command.main([str(a) for a in arguments])
+    return status, capsys.readouterr().out
+
+
+@pytest.mark.slow
+@needs_no_gpu
+def test_every_op_is_right_and_lowers_on_its_first_case() -> None:
+    for op, cases in command.CASES.items():
+        small, real = (next(chosen(cases(reduced), [])) for reduced in (True, False))
+        rows = list(rows_of([small], {}, on_gpu=False, real_cases=[real]))
+        assert {row.op for row in rows} == {op}
+        for row in rows:
+            refused = row.implementation == "cudnn" and "needs an NVIDIA GPU" in (row.note or "")
+            assert refused or (not row.wrong and "lowers to CUDA" in (row.note or "")), report.line(row)
+            assert row.us is None
+
+
+@needs_no_gpu
+def test_variants_are_checked_before_all_else(
+    variants: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    names = [f"--variant={variants}:{name}" for name in ("norm", "no_gradient", "breaks")]
+    status, out = run(capsys, "rms_norm", "--shapes", "qwen3-0.6b/heads", "--json", tmp_path / "k.json", *names)
+    lines = {line.split()[4]: line for line in out.splitlines() if " forward " in line}
+    assert status == 1
+    assert "timing needs a GPU" in lines["norm"]
+    assert "WRONG: result 1 of 2" in lines["no_gradient"]
+    assert "WRONG: RuntimeError: no such kernel" in lines["breaks"]
+    rows = json.loads((tmp_path / "k.json").read_text())["rows"]
+    assert {row["implementation"] for row in rows} == {"triton", "xla", "norm", "no_gradient", "breaks"}
+    assert all(row["us"] is None for row in rows)
+
+
+@needs_no_gpu
+def test_values_alone_and_a_grid(variants: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shapes = ["rms_norm", "--shapes", "qwen3-0.6b/heads", "--forward"]
+    status, out = run(capsys, *shapes, f"--variant={variants}:norm", "--sweep")
+    assert status == 1
+    assert any("norm shift=1.0" in line and "WRONG" in line for line in out.splitlines())
+    assert any("norm shift=0.0" in line and "WRONG" not in line for line in out.splitlines())
+    assert "WRONG: result 0 of 1" not in run(capsys, *shapes, f"--variant={variants}:no_gradient")[1]
+
+
+@pytest.mark.parametrize("op", ["glu", "cross_entropy"])
+def test_times_what_is_right(op: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Through XLA on any device: calls behind each other, and calls that write over their inputs."""
+    monkeypatch.setattr(timing, "ceilings", lambda: (1e12, 1e14))
+    monkeypatch.setattr(timing, "_MOST_CALLS", 3)
+    monkeypatch.setattr(timing, "_REPEAT_US", 10.0)
+    cases = [case for case in chosen(command.CASES[op](True), ["llama3-8b"]) if case.m != 1][:2]
+    rows = list(rows_of(cases, {}, on_gpu=True, real_cases=cases))
+    timed = [row for row in rows if row.implementation == "xla"]
+    assert timed
+    for row in timed:
+        assert row.us is not None, report.line(row)
+        assert row.us > 0
+        assert row.temp_bytes is not None
+        assert row.roofline_share is not None
+        assert (row.gb_s is None) != (row.tflop_s is None)
+        assert str(round(row.us, 1)) in report.line(row)
+    report.write_json(tmp_path / "rows.json", rows)
+    data = json.loads((tmp_path / "rows.json").read_text())
+    data["rows"].append({"system": "peer"})
+    (tmp_path / "rows.json").write_text(json.dumps(data))
+    report.write_json(tmp_path / "rows.json", rows)
+    assert json.loads((tmp_path / "rows.json").read_text())["rows"][-1] == {"system": "peer"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "name an op"),
+        (["rms_norms"], "the ops are nf4"),
+        (["nf4", "glu", "--variant", "x.py:f"], "name that op alone"),
+        (["nf4", "--variant", "x.py:f"], "a file that exists"),
+        (["nf4", "--sweep"], "name one with --variant"),
+        (["nf4", "--shapes", "llama-9"], "no case begins with"),
+    ],
+)
+def test_errors_say_what_to_write(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        command.main(arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_sets_exceed_the_cache_and_results_fit() -> None:
+    assert timing.plan(8.0, 31_000_000, 30_000, in_place=False) == (32, 7)
+    assert timing.plan(3000.0, 10**9, 10**9, in_place=False) == (1, 1)
+    assert timing.plan(330.0, 705_000_000, 705_000_000, in_place=True) == (16, 11)
