@@ -387,19 +387,26 @@ class OutputConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """How many devices along each axis; the product is the number of devices used.
+    """How many devices along each axis; the product is the number of devices used (docs/scale.md).
 
-    data: rows of a batch are spread along it. fsdp: weights as well; 1 in this release. tensor: heads and widths; 1 in
-        this release.
+    data: rows of a batch are spread along it. fsdp: rows as well, and each device keeps a part of the weights, the
+        adapters and the optimizer's state. tensor: attention heads, MLP columns and the vocabulary are spread along it;
+        for devices that are linked closely. sequence: the tokens of each row.
     """
 
     data: int = 1
     fsdp: int = 1
     tensor: int = 1
+    sequence: int = 1
+
+    @property
+    def devices(self) -> int:
+        """All devices of the mesh."""
+        return self.data * self.fsdp * self.tensor * self.sequence
 
     def __post_init__(self) -> None:
         _check_types("mesh", self)
-        _check_range("mesh", self, "data fsdp tensor", lambda x: x >= 1, "1 or more devices")
+        _check_range("mesh", self, "data fsdp tensor sequence", lambda x: x >= 1, "1 or more devices")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -419,12 +426,7 @@ class RunConfig:
                 raise UserError(
                     f"{name} is {getattr(self, name)!r}; it must be a section, given as a {section.__name__}"
                 )
-        for axis in ("fsdp", "tensor"):
-            if getattr(self.mesh, axis) > 1:
-                raise UserError(
-                    f"mesh.{axis} is {getattr(self.mesh, axis)}; this release spreads a run along mesh.data only: set "
-                    f"mesh.{axis} to 1"
-                )
+        _check_spread(self)
         train, devices = self.train, self.mesh.data * self.mesh.fsdp
         if train.batch_size % devices:
             raise UserError(
@@ -442,3 +444,27 @@ class RunConfig:
                     f"train.{key} is {value}, but data.eval names no held-out data; set data.eval, or remove "
                     f"train.{key}"
                 )
+
+
+def _check_spread(config: RunConfig) -> None:
+    """Raise UserError for what is not offered on several devices, or not where the weights are spread."""
+    mesh, train = config.mesh, config.train
+    if mesh.devices > 1 and train.is_paged:
+        raise UserError(
+            f"train.optim is {train.optim} on a mesh of {mesh.devices} devices, where its state is not paged; set "
+            "train.optim to adamw_8bit, whose state mesh.fsdp spreads"
+        )
+    if mesh.devices > 1 and config.model.embedding_on_host:
+        raise UserError(
+            f"model.embedding_on_host is set on a mesh of {mesh.devices} devices, where it is not offered; remove it: "
+            "mesh.fsdp and mesh.tensor spread the embedding table"
+        )
+    for key, value in (
+        ("output.sample_prompts", config.output.sample_prompts),
+        ("train.eval_answers", train.eval_answers),
+    ):
+        if value and (mesh.fsdp > 1 or mesh.tensor > 1):
+            raise UserError(
+                f"{key} is set, but answers are not generated where mesh.fsdp or mesh.tensor spreads the weights; "
+                f"remove {key}, and ask the adapter after the run (python -m jaxtune.generate)"
+            )

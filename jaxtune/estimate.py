@@ -160,13 +160,14 @@ def estimate_memory(config: RunConfig, model: Model, device: Device, dtype: str,
     assert policy in POLICIES, policy
     decoder, size = model.decoder, _SIZES[dtype]
     rows = config.train.batch_size // (config.mesh.data * config.mesh.fsdp)
-    length = config.data.max_length
-    tokens = rows * length
+    # Along fsdp and tensor each device keeps its share of weights, adapters, state and vocabulary.
+    tensor, spread = config.mesh.tensor, config.mesh.fsdp * config.mesh.tensor
+    tokens = rows * (config.data.max_length // config.mesh.sequence)
 
     def bytes_of(widths: Widths, in_mlp: int = tokens) -> int:
         heads = decoder.num_heads * decoder.head_dim, decoder.num_kv_heads * decoder.head_dim
-        outside = widths.model * decoder.hidden_size + widths.queries * heads[0] + widths.keys * heads[1]
-        return int(size * (tokens * outside + in_mlp * widths.mlp * decoder.intermediate_size))
+        outside = widths.model * decoder.hidden_size + (widths.queries * heads[0] + widths.keys * heads[1]) / tensor
+        return int(size * (tokens * outside + in_mlp * widths.mlp * decoder.intermediate_size / tensor))
 
     fused = model.packed and device.capability is not None and device.capability >= _FUSED_CAPABILITY
     unrolled = policy in UNROLLED and device.capability is not None
@@ -178,6 +179,9 @@ def estimate_memory(config: RunConfig, model: Model, device: Device, dtype: str,
     in_mlp = min(tokens, MLP_CHUNK.get(policy, tokens))
     layer = bytes_of(moments.get(policy, _LAYER_RECOMPUTED), in_mlp)
     layer += _attention_scratch(config, decoder, device, rows)
+    if config.mesh.fsdp > 1 and model.packed:
+        # The packed weights of a layer, gathered: half a byte an element, and its scale.
+        layer += int(0.53 * model.linears / tensor)
     kept = decoder.num_layers * bytes_of((_KEPT_FUSED if fused else _KEPT)[policy])
     if config.lora.lora_dropout > 0:
         # The mask of the widest input, a byte an element, and the random bits that it is made of.
@@ -188,22 +192,23 @@ def estimate_memory(config: RunConfig, model: Model, device: Device, dtype: str,
             kept += decoder.num_layers * tokens * inputs * (3 if fused else 1)
     several = unrolled and not fused
     decoded_elements = _DECODED_LAYERS_UNROLLED * model.linears if several else _DECODED_WEIGHTS * model.widest
-    chunk = min(tokens, config.train.loss_chunk or chunk_tokens(decoder.vocab_size))
+    words = decoder.vocab_size // spread
+    chunk = min(tokens * config.mesh.fsdp, config.train.loss_chunk or chunk_tokens(words))
     offloaded = model.optimizer if config.train.is_paged else 0
     if config.model.embedding_on_host:
         offloaded += size * decoder.vocab_size * decoder.hidden_size
     offloaded += decoder.num_layers * size * tokens * decoder.hidden_size if policy in OFFLOADED else 0
     return Memory(
-        weights=model.weights,
-        adapters=model.adapters,
-        optimizer=0 if config.train.is_paged else model.optimizer,
-        gradients=gradients + sums,
+        weights=model.weights // spread,
+        adapters=model.adapters // spread,
+        optimizer=0 if config.train.is_paged else model.optimizer // spread,
+        gradients=(gradients + sums) // spread,
         kept=kept,
         layer=layer,
-        decoded=int(size * decoded_elements) if model.packed else 0,
+        decoded=int(size * decoded_elements / tensor) if model.packed else 0,
         # Logits in float32, their gradient in 16 bits, and the hidden states in the order they are learnt in.
-        logits=6 * chunk * decoder.vocab_size + 4 * size * tokens * decoder.hidden_size,
-        update=int(_UPDATE * 4 * model.trainable) + (model.optimizer if config.train.is_paged else 0),
+        logits=6 * chunk * words + 4 * size * tokens * decoder.hidden_size,
+        update=int(_UPDATE * 4 * model.trainable / spread) + (model.optimizer if config.train.is_paged else 0),
         host=_HOST_PROCESS["cpu" if device.capability is None else "gpu"] + offloaded,
     )
 
@@ -248,8 +253,7 @@ def step_seconds(config: RunConfig, model: Model, device: Device, dtype: str, po
         _BANDWIDTH_SHARE * device.bandwidth
     )
     copied = 2 * decoder.num_layers * tokens * decoder.hidden_size * _SIZES[dtype] if policy in OFFLOADED else 0
-    devices = config.mesh.data * config.mesh.fsdp
-    return max(busy, copied / device.host_bandwidth) / devices
+    return max(busy, copied / device.host_bandwidth) / config.mesh.devices
 
 
 def largest(config: RunConfig, model: Model, device: Device, dtype: str, policy: str, *, what: str) -> int:

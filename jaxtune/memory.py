@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -14,8 +15,9 @@ from jaxtune.metrics import format_bytes
 
 
 def tree_bytes(tree: Any) -> int:
-    """Bytes of all leaves together, on one device (or host) that holds them whole."""
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+    """Bytes of one device's part of all leaves, which is the whole of them on one device."""
+    parts = ((leaf.sharding.shard_shape(leaf.shape), leaf.dtype) for leaf in jax.tree.leaves(tree))
+    return sum(math.prod(shape) * dtype.itemsize for shape, dtype in parts)
 
 
 def device_peak() -> int | None:
@@ -64,7 +66,7 @@ def _report(what: str, components: Mapping[str, int], config: RunConfig) -> str:
         remedies.append(f"set train.remat to full, offload or lean (now {train.remat})")
     elif train.remat in ("full", "offload"):
         remedies.append(f"set train.remat to lean (now {train.remat})")
-    if train.batch_size > config.mesh.data:
+    if train.batch_size > config.mesh.data * config.mesh.fsdp:
         remedies.append(
             f"lower train.batch_size (now {train.batch_size}) and raise train.gradient_accumulation_steps for it"
         )

@@ -22,7 +22,7 @@ from jaxtune.errors import UserError
 from jaxtune.lora import GROUP_OF_LINEAR
 from jaxtune.models.config import DecoderConfig
 from jaxtune.parts import AXES, ROW_PARALLEL, Parts
-from jaxtune.step import TrainState
+from jaxtune.step import TrainState, replicated, state_sharding
 from pallas_kernels.cross_entropy import Vocabulary
 from pallas_kernels.nf4 import NF4Tensor
 from pallas_kernels.nf4.reference import decode_scales
@@ -41,7 +41,49 @@ def make_parts(mesh: Mesh, frozen: Any, state: TrainState) -> Parts | None:
     sizes = {axis: mesh.shape[axis] for axis in AXES}
     axes = _vocabulary_axes(sizes, frozen)
     vocabulary = Vocabulary(axes, "fsdp" if "fsdp" in axes else None) if axes else None
-    return Parts(sizes, _frozen_specs(sizes, frozen, axes), _state_specs(sizes, state), vocabulary)
+    return Parts(sizes, _frozen_specs(sizes, frozen, axes), state_specs(mesh, state), vocabulary)
+
+
+def place_state(state: TrainState, mesh: Mesh, *, paged: bool) -> TrainState:
+    """The train state where the step keeps it."""
+    if mesh.size == 1:
+        placed: TrainState = jax.device_put(state, state_sharding(mesh, paged=paged))
+        return placed
+    whole: TrainState = place(state, mesh, state_specs(mesh, state))
+    return whole
+
+
+def place_frozen(frozen: Any, state: TrainState, mesh: Mesh) -> tuple[Any, Parts | None]:
+    """The frozen weights where the step keeps them, and how all is cut.
+
+    Raises:
+        UserError: as `split_linears`.
+    """
+    frozen = split_linears(frozen, mesh.shape["tensor"])
+    parts = make_parts(mesh, frozen, state)
+    return place(frozen, mesh, P() if parts is None else parts.frozen), parts
+
+
+def placed_structures(frozen: Any, state: TrainState, mesh: Mesh, *, paged: bool) -> tuple[Any, Any, Parts | None]:
+    """`place_frozen` and `place_state` for shapes alone: both trees, and how they are cut."""
+    frozen = jax.eval_shape(lambda tree: split_linears(tree, mesh.shape["tensor"]), frozen)
+    parts = make_parts(mesh, frozen, state)
+    if parts is None:
+        shardings = state_sharding(mesh, paged=paged)
+        return _shapes(frozen, replicated(mesh)), jax.tree.map(lambda s, leaf: _shapes(leaf, s), shardings, state), None
+
+    def placed(leaf: Any, spec: P) -> jax.ShapeDtypeStruct:
+        return _shape(leaf, NamedSharding(mesh, spec))
+
+    return jax.tree.map(placed, frozen, parts.frozen), jax.tree.map(placed, state, parts.state), parts
+
+
+def _shapes(tree: Any, sharding: NamedSharding) -> Any:
+    return jax.tree.map(lambda leaf: _shape(leaf, sharding), tree)
+
+
+def _shape(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
 def place(tree: Any, mesh: Mesh, specs: Any) -> Any:
@@ -49,15 +91,6 @@ def place(tree: Any, mesh: Mesh, specs: Any) -> Any:
     if isinstance(specs, P):
         return jax.tree.map(lambda leaf: _placed(leaf, NamedSharding(mesh, specs)), tree)
     return jax.tree.map(lambda leaf, spec: _placed(leaf, NamedSharding(mesh, spec)), tree, specs)
-
-
-def placed_structure(tree: Any, mesh: Mesh, specs: Any) -> Any:
-    """`place` for shapes alone."""
-
-    def placed(leaf: Any, spec: P) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
-
-    return jax.tree.map(placed, tree, specs)
 
 
 def _placed(leaf: Any, sharding: NamedSharding) -> Any:
@@ -200,8 +233,9 @@ def _linear_specs(sizes: Mapping[str, int], leaf: Any, key: str, name: str) -> A
     )
 
 
-def _state_specs(sizes: Mapping[str, int], state: TrainState) -> TrainState:
+def state_specs(mesh: Mesh, state: TrainState) -> TrainState:
     """Adapters and their moments are cut into consecutive elements, so that a flat block of moments has its own."""
+    sizes = {axis: mesh.shape[axis] for axis in AXES}
     kept: dict[str, list[Any]] = {}
     adapters = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state.lora)}
     moments = [

@@ -81,7 +81,7 @@ class Plan:
     def mfu_flops(self) -> float | None:
         """What 100 % of MFU is, operations a second of all devices; None on a CPU."""
         mesh = self.config.mesh
-        return None if self.device.capability is None else self.device.flops * mesh.data * mesh.fsdp * mesh.tensor
+        return None if self.device.capability is None else self.device.flops * mesh.devices
 
     def memory_of(self, policy: str) -> Memory:
         """Of a step under another policy, estimated."""

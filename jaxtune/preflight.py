@@ -15,9 +15,8 @@ from jaxtune.models.config import DecoderConfig
 
 def check_devices(mesh: MeshConfig) -> None:
     """Raise UserError where the mesh asks for more devices than there are."""
-    devices = mesh.data * mesh.fsdp * mesh.tensor
-    if devices > len(jax.devices()):
-        raise UserError(f"mesh asks for {devices} devices, this machine has {len(jax.devices())}; lower mesh.data")
+    if mesh.devices > len(jax.devices()):
+        raise UserError(f"mesh asks for {mesh.devices} devices, this machine has {len(jax.devices())}; lower mesh.data")
 
 
 def check_vocabulary(datasets: Sequence[Dataset], prompts: Mapping[str, list[int]], decoder: DecoderConfig) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ import numpy as np
 from jaxtune.config import ModelConfig, RunConfig
 from jaxtune.loading import tensors_of
 from jaxtune.lora import adaptation, init_lora
+from jaxtune.mesh import placed_structures
 from jaxtune.models.config import DecoderConfig
 from jaxtune.optim import make_optimizer
 from jaxtune.remat import UNROLLED
@@ -24,8 +26,6 @@ from jaxtune.step import (
     init_state,
     jit_train_step,
     make_mesh,
-    replicated,
-    state_sharding,
 )
 from pallas_kernels import nf4
 
@@ -103,14 +103,11 @@ def step_settings(config: RunConfig, decoder: DecoderConfig, dtype: Any, policy:
 def compile_step(config: RunConfig, hf_config: Mapping[str, Any], dtype: Any, policy: str) -> jax.stages.Compiled:
     """The run's step, compiled for the devices at hand from shapes alone: no weight is read, no memory taken."""
     decoder = DecoderConfig.from_hf(hf_config)
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-
-    def placed(sharding: Any, tree: Any) -> Any:
-        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
-
+    mesh = make_mesh(**dataclasses.asdict(config.mesh))
     settings = step_settings(config, decoder, dtype, policy)
-    frozen = placed(replicated(mesh), frozen_structure(hf_config, config.model, dtype))
-    state = jax.tree.map(placed, state_sharding(mesh, paged=settings.paged), state_structure(config, decoder, dtype))
+    trees = frozen_structure(hf_config, config.model, dtype), state_structure(config, decoder, dtype)
+    frozen, state, parts = placed_structures(*trees, mesh, paged=settings.paged)
+    settings = dataclasses.replace(settings, parts=parts)
     # The horizon changes constants only.
     jitted: Any = jit_train_step(make_optimizer(config.train, 1000), settings, mesh)
     batch = batch_structure(config, batch_sharding(mesh), embedded=(decoder.hidden_size, dtype))

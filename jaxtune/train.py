@@ -37,6 +37,7 @@ from jaxtune.host_embedding import HostEmbedding
 from jaxtune.loading import read_hf_config
 from jaxtune.lora import count_parameters, init_lora
 from jaxtune.memory import check_fits, device_peak, fits, out_of_memory, tree_bytes
+from jaxtune.mesh import check_mesh, place_frozen, place_state
 from jaxtune.metrics import MetricsWriter, Progress, format_bytes, host_peak_rss, host_rss
 from jaxtune.optim import make_optimizer, make_schedule
 from jaxtune.planning import check_plan
@@ -50,8 +51,6 @@ from jaxtune.step import (
     jit_eval_step,
     jit_train_step,
     make_mesh,
-    replicated,
-    state_sharding,
 )
 from jaxtune.stopping import StopRequests
 from jaxtune.structure import step_settings
@@ -128,7 +127,8 @@ def fit(
         UserError, Interrupted: as `train`.
     """
     settings, decoder, output, checkpoints = config.train, base.decoder, config.output, directory.checkpoints
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    check_mesh(config.mesh, decoder, config.data.max_length)
+    mesh = make_mesh(**dataclasses.asdict(config.mesh))
     prompts = {prompt: encode_prompt(base.tokenizer, prompt) for prompt in output.sample_prompts}
     held_out_sets = {"eval": eval_data} if isinstance(eval_data, Dataset) else dict(eval_data or {})
     count = settings.eval_answers
@@ -149,7 +149,7 @@ def fit(
     optimizer, schedule = make_optimizer(settings, total_steps), make_schedule(settings, total_steps)
     lora = init_lora(config.lora, decoder) if lora is None else lora
     state = init_state(lora, optimizer, settings.seed, base.dtype)
-    state = jax.device_put(state, state_sharding(mesh, paged=settings.is_paged))
+    state = place_state(state, mesh, paged=settings.is_paged)
     contents = train_data.fingerprint, base.fingerprint, base.dtype.name
     meta, position = run_meta(config, *contents), Position()
     if directory.resumes:
@@ -171,10 +171,9 @@ def fit(
     if not settings.is_paged:
         memory["optimizer"] = tree_bytes(state.opt_state)
     with progress.phase("load the model"), out_of_memory("loading the model", memory, config):
-        frozen = jax.device_put(base.load(), replicated(mesh))
+        frozen = base.load()
         embedding = HostEmbedding(frozen) if config.model.embedding_on_host else None
-        if embedding is not None:
-            frozen = embedding.without_table
+        frozen, parts = place_frozen(frozen if embedding is None else embedding.without_table, state, mesh)
     memory["frozen weights"] = frozen_bytes = tree_bytes(frozen)
     progress.note(
         f"{decoder.model_type}: {decoder.num_layers} layers, computed in {base.dtype.name}, frozen weights "
@@ -190,7 +189,7 @@ def fit(
     host_batch, after_batch = next(loader.batches(position))
     batch = place(host_batch)
     for policy in plan.candidates:
-        step_config = step_settings(config, decoder, base.dtype, policy)
+        step_config = dataclasses.replace(step_settings(config, decoder, base.dtype, policy), parts=parts)
         with progress.phase("compile the step"), out_of_memory("compiling the step", memory, config):
             jitted: Any = jit_train_step(optimizer, step_config, mesh)
             step = jitted.lower(state, frozen, batch).compile()
@@ -281,7 +280,7 @@ def fit(
     # What the run leaves.
     adapter = directory.path / "adapter"
     with directory.replacing("adapter") as temporary:
-        save_peft_adapter(temporary, state.lora, config.lora, base.source)
+        save_peft_adapter(temporary, state.lora, config.lora, base.source, decoder=base.decoder)
     progress.summary(
         {
             "held-out loss": _change(first_eval_loss, eval_loss),

@@ -144,7 +144,7 @@ def test_two_devices_compute_what_one_does(
     finished: tuple[Path, str], tmp_path: Path, write_run: WriteRun, command: Command
 ) -> None:
     """The sums over a batch, spread over the mesh, are the same up to their order; so is what they lead to."""
-    done = command("--config", write_run(mesh={"data": 2}), XLA_FLAGS="--xla_force_host_platform_device_count=2")
+    done = command("--config", write_run(mesh={"fsdp": 2}), XLA_FLAGS="--xla_force_host_platform_device_count=2")
     assert done.returncode == 0, done.stderr
     one, two = (
         [record for record in read_metrics(output / "metrics.jsonl") if "loss" in record]

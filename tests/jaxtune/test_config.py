@@ -179,7 +179,7 @@ def test_override_that_is_no_yaml(tmp_path: Path) -> None:
         ("train: {max_length: 9}", ["unknown key train.max_length", "did you mean data.max_length?"]),
         ("learning_rate: 1", ["unknown key learning_rate", "did you mean train.learning_rate?"]),
         ("trian: {seed: 1}", ["unknown key trian", "did you mean train?"]),
-        ("mesh: {zzz: 1}", ["unknown key mesh.zzz", "known here: data, fsdp, tensor"]),
+        ("mesh: {zzz: 1}", ["unknown key mesh.zzz", "known here: data, fsdp, tensor, sequence"]),
         ("train.seed: 1", ["unknown section train.seed; write train: and, indented below it, seed:"]),
         ("foo.bar: 1", ["unknown key foo.bar; known here: model, data"]),
         ("train: {8: 1}", ["unknown key train.8"]),
@@ -316,8 +316,15 @@ def test_model_source(arguments: Any, message: str) -> None:
     ("sections", "message"),
     [
         ({"lora": None}, r"lora is None; it must be a section, given as a LoraConfig"),
-        ({"mesh": MeshConfig(fsdp=2)}, r"mesh.fsdp is 2; .* mesh.data only: set mesh.fsdp to 1"),
-        ({"mesh": MeshConfig(tensor=2)}, r"mesh.tensor is 2; .* mesh.data only: set mesh.tensor to 1"),
+        ({"mesh": MeshConfig(tensor=2), "train": TrainConfig(optim="paged_adamw_8bit")}, "not paged; .* adamw_8bit"),
+        (
+            {"mesh": MeshConfig(sequence=2), "model": ModelConfig("m", embedding_on_host=True)},
+            "on_host is set .* 2 dev",
+        ),
+        (
+            {"mesh": MeshConfig(tensor=2), "output": OutputConfig("out", sample_prompts=("Hello",))},
+            r"output.sample_prompts is set, .* remove output.sample_prompts",
+        ),
         ({"mesh": MeshConfig(data=2), "train": TrainConfig(batch_size=3)}, r"train.batch_size is 3.* multiple of 2"),
         (
             {"train": TrainConfig(max_steps=5, warmup_steps=5)},
