@@ -81,11 +81,35 @@ def _to_gguf(options: argparse.Namespace) -> None:
 
 
 def _adapter_to_gguf(options: argparse.Namespace) -> None:
-    config = open_checkpoint(options.model).hf_config
-    lora, fields = load_adapter(options.adapter, model_type=config["model_type"])
+    checkpoint = open_checkpoint(options.model)
+    lora, scaling = _adapter(checkpoint, options.adapter)
     write_gguf_adapter(
-        options.out, config, lora, adapter_scaling(fields), file_type=options.type, overwrite=options.overwrite
+        options.out,
+        checkpoint.hf_config,
+        lora,
+        scaling,
+        rows=checkpoint.linear_rows,
+        file_type=options.type,
+        overwrite=options.overwrite,
     )
+
+
+def _adapter(checkpoint: Checkpoint, directory: str) -> tuple[dict[str, Any], float]:
+    """The adapter's tree and the factor on B A; ValueError where it is another model's."""
+    model_type = checkpoint.hf_config["model_type"]
+    lora, fields = load_adapter(directory, model_type=model_type, rows=checkpoint.linear_rows)
+    slots = checkpoint.family.slots(checkpoint.hf_config)
+    shapes = {slot.path[1:-1]: slot.shape for slot in slots if slot.is_linear}
+    layers = checkpoint.hf_config["num_hidden_layers"]
+    for group, linears in lora["layers"].items():
+        for name, node in linears.items():
+            (rows, columns), a, b = shapes[group, name], node["lora_A"].shape, node["lora_B"].shape
+            if (a[0], b[1], a[2]) != (layers, rows, columns):
+                raise ValueError(
+                    f"{directory}: its {name} is for {a[0]} layers of [{b[1]}, {a[2]}], the base model has {layers} of "
+                    f"[{rows}, {columns}]; name the base model that the adapter was trained on"
+                )
+    return lora, adapter_scaling(fields)
 
 
 def _tensors(checkpoint: Checkpoint, options: argparse.Namespace, dtype: np.dtype) -> Any:
@@ -94,8 +118,7 @@ def _tensors(checkpoint: Checkpoint, options: argparse.Namespace, dtype: np.dtyp
     scaling = 1.0
     base: Base = "original"
     if options.adapter is not None:
-        lora, fields = load_adapter(options.adapter, model_type=checkpoint.hf_config["model_type"])
-        scaling, base = adapter_scaling(fields), options.base
+        (lora, scaling), base = _adapter(checkpoint, options.adapter), options.base
     slots = [load.slot for load in checkpoint.loads]
     infos, read = merged(slots, base_values(checkpoint, base), lora, scaling, dtype)
     return infos, Progress(Path(options.out).name, len(infos)).watch(read)

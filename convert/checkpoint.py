@@ -46,6 +46,12 @@ class Checkpoint:
         return self.family.plan(self.infos, self.hf_config)
 
     @property
+    def linear_rows(self) -> dict[str, int]:
+        """Rows of each of a layer's linears, by our name."""
+        slots = self.family.slots(self.hf_config)
+        return {slot.path[-2]: slot.shape[0] for slot in slots if slot.is_linear and slot.layer == 0}
+
+    @property
     def is_packed(self) -> bool:
         """Whether any weight is stored in bitsandbytes' 4 bits."""
         return any(load.is_packed for load in self.loads)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 from collections import Counter
 from pathlib import Path
 
 from convert import flax_tree
 from convert.checkpoint import Checkpoint, open_checkpoint
-from convert.peft import CONFIG_NAME, load_adapter
+from convert.peft import CONFIG_NAME, WEIGHTS_NAME
+from convert.safetensors_io import SafetensorsModel
 
 
 def inspect(path: str | os.PathLike[str]) -> str:
@@ -76,11 +79,19 @@ def _size(nbytes: int) -> str:
 
 
 def _adapter(path: Path) -> str:
-    lora, config = load_adapter(path)
-    linears = sorted(name for group in lora["layers"].values() for name in group)
-    layers = len(next(iter(next(iter(lora["layers"].values())).values()))["lora_A"])
+    try:
+        config = dict(json.loads((path / CONFIG_NAME).read_text(encoding="utf-8")))
+        rank, base = config["r"], config.get("base_model_name_or_path")
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path / CONFIG_NAME}: not a LoRA config ({error!r}); save the adapter again") from error
+    if not (path / WEIGHTS_NAME).is_file():
+        raise ValueError(f"{path}: {WEIGHTS_NAME} is missing; name a directory that PEFT's save_pretrained wrote")
+    infos = SafetensorsModel([path / WEIGHTS_NAME]).infos
+    matches = [match for name in infos if (match := re.search(r"layers\.(\d+)\..*?(\w+)\.lora_[AB]\.weight$", name))]
+    linears, layers = (sorted({match[group] for match in matches}) for group in (2, 1))
+    dtypes = sorted({info.dtype.name for info in infos.values()})
     return (
-        f"{path}: LoRA adapter of {config.get('base_model_name_or_path')}\n  rank {config['r']}, alpha "
-        f"{config.get('lora_alpha')}, {layers} layers of {', '.join(linears)}\n"
-        "jaxtune would train on from it, or merge it: python -m convert merge BASE ADAPTER"
+        f"{path}: LoRA adapter of {base}\n  rank {rank}, alpha {config.get('lora_alpha')}, {', '.join(dtypes)}, "
+        f"{len(layers)} layers of {', '.join(linears)}\n"
+        "jaxtune would generate with it, export it, or merge it: python -m convert merge BASE ADAPTER"
     )

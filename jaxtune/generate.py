@@ -62,7 +62,7 @@ def load_adapter(adapter: str | Path, base: BaseModel) -> tuple[dict[str, Any], 
         UserError: files that are missing or damaged, or an adapter of another model.
     """
     directory = Path(adapter).expanduser()
-    lora, config = load_peft_adapter(directory, model_type=base.decoder.model_type)
+    lora, config = load_peft_adapter(directory, decoder=base.decoder)
     check_adapter(lora, base.decoder, directory)
     has_tokenizer = (directory / "tokenizer.json").is_file()
     return lora, config, load_tokenizer(Source(str(directory), directory)) if has_tokenizer else base.tokenizer

@@ -24,6 +24,7 @@ def write_gguf_adapter(
     lora: Mapping[str, Any],
     scaling: float,
     *,
+    rows: Mapping[str, int] | None = None,
     file_type: str = "F16",
     overwrite: bool = False,
 ) -> None:
@@ -34,6 +35,7 @@ def write_gguf_adapter(
         config: the base model's Hugging Face config.
         lora: the tree, lora_A [L, R, in] and lora_B [L, out, R], of NumPy arrays.
         scaling: on B A.
+        rows: as in `convert.peft.to_peft`.
         file_type: F32 or F16.
         overwrite: replace an existing file.
 
@@ -47,21 +49,24 @@ def write_gguf_adapter(
     header.add_type("adapter")
     header.add_name(Path(path).stem)
     header.add_string("adapter.type", "lora")
-    arrays, types, ranks = {}, {}, set()
-    for name, tensor in to_peft(lora, config["model_type"]).items():
+    arrays, types, first_rank = {}, {}, None
+    for name, tensor in to_peft(lora, config["model_type"], rows).items():
         module, part, _ = name.removeprefix("base_model.model.").rsplit(".", 2)
         gguf_name = f"{description.name(module)}.weight.{part.lower()}"
         types[gguf_name] = _TYPES[file_type]
         add_tensor_info(header, gguf_name, tensor.shape, types[gguf_name])
-        arrays[gguf_name] = partial(_values, description, f"{module}.weight", part, tensor)
-        ranks.add(tensor.shape[0 if part == "lora_A" else 1])
-    if len(ranks) != 1:
-        raise ValueError(f"the adapter has ranks {sorted(ranks)}; one rank is needed, as GGUF states one scale for all")
-    # llama.cpp divides by the rank.
-    header.add_float32("adapter.lora.alpha", scaling * ranks.pop())
+        rank = tensor.shape[0 if part == "lora_A" else 1]
+        first_rank = first_rank or rank
+        # llama.cpp divides one alpha by each tensor's own rank.
+        factor = 1.0 if part == "lora_A" else rank / first_rank
+        arrays[gguf_name] = partial(_values, description, f"{module}.weight", part, tensor, factor)
+    if first_rank is None:
+        raise ValueError("the adapter targets no linear; there is nothing to write")
+    header.add_float32("adapter.lora.alpha", scaling * first_rank)
     write(Path(path), header, arrays, types, overwrite=overwrite)
 
 
-def _values(description: Description, weight: str, part: str, tensor: np.ndarray) -> np.ndarray:
+def _values(description: Description, weight: str, part: str, tensor: np.ndarray, factor: float) -> np.ndarray:
     # The rows of B are those of the weight, in llama.cpp's order.
-    return description.values(weight, tensor) if part == "lora_B" else tensor
+    ordered = description.values(weight, tensor) if part == "lora_B" else tensor
+    return ordered if factor == 1.0 else ordered.astype(np.float32) * np.float32(factor)

@@ -181,7 +181,7 @@ class Model:
                 lora,
                 config,
                 self.base.source,
-                model_type=self.base.decoder.model_type,
+                decoder=self.base.decoder,
                 tokenizer=tokenizer,
                 overwrite=overwrite,
             )

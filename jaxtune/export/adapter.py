@@ -13,6 +13,7 @@ import numpy as np
 from convert import peft
 from jaxtune.config import LINEARS, LoraConfig
 from jaxtune.loading import Source, user_errors
+from jaxtune.models.config import DecoderConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -24,7 +25,7 @@ def save_peft_adapter(
     config: LoraConfig,
     source: Source,
     *,
-    model_type: str = "llama",
+    decoder: DecoderConfig | None = None,
     tokenizer: PreTrainedTokenizerFast | None = None,
     overwrite: bool = False,
 ) -> None:
@@ -35,7 +36,7 @@ def save_peft_adapter(
         lora: the adapter's tree, lora_A [L, R, in] and lora_B [L, out, R].
         config: how it was trained.
         source: the base model; a hub model is recorded with its commit.
-        model_type: HF's name of the base model's family.
+        decoder: the base model's; without it the names are Llama's, which all families but Phi-3 share.
         tokenizer: saved beside the adapter, for one whose tokens or template were changed.
         overwrite: replace an adapter that is already there.
 
@@ -53,13 +54,17 @@ def save_peft_adapter(
         "use_rslora": config.use_rslora,
     }
     with user_errors():
-        peft.save_adapter(directory, jax.device_get(dict(lora)), fields, model_type=model_type, overwrite=overwrite)
+        peft.save_adapter(directory, jax.device_get(dict(lora)), fields, **_names(decoder), overwrite=overwrite)
     if tokenizer is not None:
         tokenizer.save_pretrained(directory)
 
 
-def load_peft_adapter(directory: str | Path, *, model_type: str = "llama") -> tuple[dict[str, Any], LoraConfig]:
-    """Read an adapter that PEFT or `save_peft_adapter` wrote.
+def load_peft_adapter(
+    directory: str | Path, *, decoder: DecoderConfig | None = None
+) -> tuple[dict[str, Any], LoraConfig]:
+    """Read an adapter that PEFT or `save_peft_adapter` wrote; `decoder` as there.
+
+    Ranks and factors that single modules have of their own are brought to one, see `convert.peft.load_adapter`.
 
     Returns:
         The tree of NumPy arrays, bfloat16 or float32 as stored (float16 becomes float32), and its configuration.
@@ -69,7 +74,7 @@ def load_peft_adapter(directory: str | Path, *, model_type: str = "llama") -> tu
         NotImplementedError: DoRA and other kinds that compute more than B A x.
     """
     with user_errors():
-        lora, fields = peft.load_adapter(directory, model_type=model_type)
+        lora, fields = peft.load_adapter(directory, **_names(decoder))
     is_bf16 = all(leaf.dtype == ml_dtypes.bfloat16 for leaf in jax.tree.leaves(lora))
     dtype: Literal["fp32", "bf16"] = "bf16" if is_bf16 else "fp32"
     if not is_bf16:
@@ -84,3 +89,10 @@ def load_peft_adapter(directory: str | Path, *, model_type: str = "llama") -> tu
         dtype=dtype,
     )
     return lora, config
+
+
+def _names(decoder: DecoderConfig | None) -> dict[str, Any]:
+    """What tells `convert.peft` how the base model's files name its linears."""
+    if decoder is None:
+        return {}
+    return {"model_type": decoder.model_type, "rows": {name: n for name, (n, _) in decoder.linear_shapes().items()}}

@@ -110,15 +110,16 @@ def _export(model: ModelConfig, adapter: Path | None, data: DataConfig | None, c
     with user_errors():
         checkpoint = open_checkpoint(source.path)
     hf_config = checkpoint.hf_config
+    decoder = DecoderConfig.from_hf(hf_config)
     lora: dict[str, Any] = {}
     adapted, lora_config = Adaptation(), None
     if adapter is not None:
-        lora, lora_config = load_peft_adapter(adapter, model_type=hf_config["model_type"])
+        lora, lora_config = load_peft_adapter(adapter, decoder=decoder)
         adapted = adaptation(lora_config)
     # Kept in a list, since it must be gone before what was written is read back: both may not fit.
     frozen = [load_model(model, dtype, source=source).frozen]
 
-    logits = functools.partial(text_logits, batch=batch, decoder=DecoderConfig.from_hf(hf_config), dtype=dtype)
+    logits = functools.partial(text_logits, batch=batch, decoder=decoder, dtype=dtype)
     reference = logits(frozen[0], lora, adaptation=adapted) if verify else None
     without = None
     if reference is not None and lora:
@@ -209,6 +210,6 @@ def _write(
     if config.target == "flax":
         return write_flax(directory, subject)
     assert lora_config is not None, config.target
-    model_type = subject.checkpoint.hf_config["model_type"]
-    save_peft_adapter(directory, subject.lora, lora_config, source, model_type=model_type, tokenizer=tokenizer)
+    decoder = DecoderConfig.from_hf(subject.checkpoint.hf_config)
+    save_peft_adapter(directory, subject.lora, lora_config, source, decoder=decoder, tokenizer=tokenizer)
     return []

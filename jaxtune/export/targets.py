@@ -91,7 +91,8 @@ def write_ggufs(
 def write_gguf_lora(directory: Path, subject: Subject, name: str) -> list[Written]:
     """The adapter alone, for llama.cpp's --lora."""
     path = directory / f"{name}-lora.gguf"
-    write_gguf_adapter(path, subject.checkpoint.hf_config, subject.lora, subject.scaling)
+    checkpoint = subject.checkpoint
+    write_gguf_adapter(path, checkpoint.hf_config, subject.lora, subject.scaling, rows=checkpoint.linear_rows)
     return []
 
 

@@ -15,6 +15,7 @@ import transformers
 
 from convert import peft as adapters
 from convert import safetensors_io as sio
+from convert.merge import adapter_scaling
 
 LAYERS, RANK, WIDTH = 3, 5, 24
 OUT_IN = {
@@ -112,7 +113,6 @@ def test_we_load_pefts_adapter(tmp_path: Path) -> None:
     ("changes", "error", "message"),
     [
         ({"use_dora": True}, NotImplementedError, "use_dora is True"),
-        ({"rank_pattern": {"q_proj": 2}}, NotImplementedError, "rank_pattern is"),
         ({"modules_to_save": ["lm_head"]}, NotImplementedError, "modules_to_save is"),
         ({"layers_to_transform": [0, 2]}, ValueError, r"missing: self_attn.q_proj.lora_A of layers \[1\]"),
         ({"target_modules": ["lm_head"]}, ValueError, "not known: base_model.model.lm_head.lora_A.weight"),
@@ -121,6 +121,105 @@ def test_we_load_pefts_adapter(tmp_path: Path) -> None:
 def test_adapters_that_do_more_are_refused(tmp_path: Path, changes: dict, error: type, message: str) -> None:
     peft_adapter(tmp_path, **changes)
     with pytest.raises(error, match=message):
+        adapters.load_adapter(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "rank"),
+    [
+        ({"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"up_proj": 3}}, RANK),
+        ({"rank_pattern": {r"layers\.[01]\.self_attn\.q_proj": 8}, "use_rslora": True}, 8),
+        ({"alpha_pattern": {"layers.2.mlp.up_proj": 1.5}}, RANK),
+    ],
+)
+def test_ranks_and_factors_of_single_modules(tmp_path: Path, changes: dict[str, Any], rank: int) -> None:
+    """All linears get one rank and one factor, and compute what PEFT computes."""
+    model = peft_adapter(tmp_path, **changes)
+    tree, config = adapters.load_adapter(tmp_path)
+    assert config["r"] == rank
+    factor = adapter_scaling(config)
+    for group, name in (("self_attn", "q_proj"), ("mlp", "up_proj")):
+        for layer, module in enumerate(model.base_model.model.model.layers):
+            node = tree["layers"][group][name]
+            expected = getattr(getattr(module, group), name).get_delta_weight("default").detach().numpy()
+            update = factor * node["lora_B"][layer] @ node["lora_A"][layer]
+            np.testing.assert_allclose(update, expected, rtol=1e-5, atol=1e-6)
+            assert node["lora_A"].shape[1] == rank
+
+
+PHI = {"hidden_size": 24, "intermediate_size": 36, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 6}
+PHI_LINEARS = {
+    "q_proj": (24, 24),
+    "k_proj": (12, 24),
+    "v_proj": (12, 24),
+    "o_proj": (24, 24),
+    "gate_proj": (36, 24),
+    "up_proj": (36, 24),
+    "down_proj": (24, 36),
+}
+PHI_ROWS = {name: shape[0] for name, shape in PHI_LINEARS.items()}
+
+
+def tiny_phi() -> transformers.Phi3ForCausalLM:
+    torch.manual_seed(0)
+    config = transformers.Phi3Config(**PHI, num_hidden_layers=LAYERS, vocab_size=11, pad_token_id=0, eos_token_id=1)
+    return transformers.Phi3ForCausalLM(config)
+
+
+def phi_lora(targets: tuple[str, ...]) -> dict[str, Any]:
+    rng = np.random.default_rng(12)
+    tree: dict[str, Any] = {"layers": {}}
+    for name in targets:
+        n, k = PHI_LINEARS[name]
+        group = "mlp" if name in ("gate_proj", "up_proj", "down_proj") else "self_attn"
+        tree["layers"].setdefault(group, {})[name] = {
+            "lora_A": rng.standard_normal((LAYERS, RANK, k), np.float32),
+            "lora_B": rng.standard_normal((LAYERS, n, RANK), np.float32),
+        }
+    return tree
+
+
+@pytest.mark.parametrize("targets", [tuple(PHI_LINEARS), ("q_proj", "v_proj", "down_proj"), ("up_proj",)])
+def test_linears_that_are_held_as_one(tmp_path: Path, targets: tuple[str, ...]) -> None:
+    """In peft, one adapter of qkv_proj computes what ours compute of q, k and v; and ours come back as they were."""
+    lora = phi_lora(targets)
+    adapters.save_adapter(tmp_path, lora, FIELDS, model_type="phi3", rows=PHI_ROWS)
+    assert_same_tree(adapters.load_adapter(tmp_path, model_type="phi3", rows=PHI_ROWS)[0], lora)
+    model = peft.PeftModel.from_pretrained(tiny_phi(), tmp_path)
+    layer, factor = model.base_model.model.model.layers[1], 7 / RANK**0.5
+    for module, group, names in (
+        (layer.self_attn.qkv_proj, "self_attn", ("q_proj", "k_proj", "v_proj")),
+        (layer.mlp.gate_up_proj, "mlp", ("gate_proj", "up_proj")),
+        (layer.mlp.down_proj, "mlp", ("down_proj",)),
+    ):
+        if not set(names) & set(targets):
+            assert not hasattr(module, "get_delta_weight")
+            continue
+        updates = [
+            factor * lora["layers"][group][name]["lora_B"][1] @ lora["layers"][group][name]["lora_A"][1]
+            if name in targets
+            else np.zeros(PHI_LINEARS[name])
+            for name in names
+        ]
+        delta = module.get_delta_weight("default").detach().numpy()
+        np.testing.assert_allclose(delta, np.concatenate(updates), rtol=1e-5, atol=1e-5)
+
+
+def test_pefts_adapter_of_linears_that_are_held_as_one(tmp_path: Path) -> None:
+    settings = {"r": RANK, "lora_alpha": 7, "target_modules": ["qkv_proj"], "task_type": "CAUSAL_LM"}
+    model = peft.get_peft_model(tiny_phi(), peft.LoraConfig(**settings))
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter)
+    model.save_pretrained(tmp_path)
+    tree, config = adapters.load_adapter(tmp_path, model_type="phi3", rows=PHI_ROWS)
+    nodes = [tree["layers"]["self_attn"][name] for name in ("q_proj", "k_proj", "v_proj")]
+    updates = [adapter_scaling(config) * node["lora_B"][2] @ node["lora_A"][2] for node in nodes]
+    expected = model.base_model.model.model.layers[2].self_attn.qkv_proj.get_delta_weight("default").detach().numpy()
+    np.testing.assert_allclose(np.concatenate(updates), expected, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="does not fit linears of"):
+        adapters.load_adapter(tmp_path, model_type="phi3")
+    with pytest.raises(ValueError, match=r"not known: .*qkv_proj"):
         adapters.load_adapter(tmp_path)
 
 
