@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-from jax.sharding import AbstractDevice, AbstractMesh
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 # The GPU that `lower_for_cuda` stands for.
 _H200 = AbstractDevice("NVIDIA H200", num_cores=132, platform="gpu")
@@ -54,7 +54,7 @@ def lower_for_cuda(function: Callable[..., Any], *arguments: Any, donate: tuple[
 
     A kernel that uses what its backend cannot lower, or more shared memory than there is, raises here.
     """
-    mesh = AbstractMesh((1,), ("x",), abstract_device=_H200)
+    mesh = AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=_H200)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arguments)
     with jax.sharding.use_abstract_mesh(mesh):
         traced = jax.jit(lambda *args: function(*args), donate_argnums=donate).trace(*shapes)
