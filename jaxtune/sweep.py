@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from jaxtune.charts import SERIES_CLASSES, line_chart
@@ -194,7 +195,7 @@ def write_summary(results: Sequence[Result], directory: Path, console: Console) 
     for name in header:
         table.add_column(name)
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(escape, row))
     console.print(table)
     charts = []
     for title, key in (("held-out loss", "eval_loss"), ("training loss", "loss")):
