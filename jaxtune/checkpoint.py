@@ -199,7 +199,10 @@ def check_compatible(meta: Mapping[str, Any], config: RunConfig, data: str, mode
     """Raise UserError, naming every difference, where going on from `meta` would not continue the same run."""
     try:
         saved, contents = from_dict(meta["config"]), meta["contents"]
-        pairs = [("the data's content", contents["data"], data), ("the base model's content", contents["model"], model)]
+        pairs: list[tuple[str, Any, Any]] = [
+            ("the data's content", contents["data"], data),
+            ("the base model's content", contents["model"], model),
+        ]
         pairs += [("the compute dtype (model.dtype)", contents["dtype"], dtype)]
         rows = "the rows of a step (train.batch_size x train.gradient_accumulation_steps)"
         pairs += [(rows, saved.train.rows_per_step, config.train.rows_per_step)]

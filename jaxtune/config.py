@@ -192,6 +192,8 @@ class DataConfig:
         takes its records (0.5: half of them, another half in each epoch).
     eval: a source of held-out records, or a mapping from names of evaluation sets to sources.
     train_split, eval_split: the split within each source; `train[:90%]` is a part of one.
+    streaming: take hub datasets as they are read, without a copy on the disk, and no further than a split such as
+        `train[:10000]` says.
     eval_fraction: share of the training records to hold out instead; equal records stay together.
     form: instruction (instruction/input/output, "alpaca"), messages (role/content), sharegpt (conversations of
         from/value), completion (prompt/completion), text, tokens (input_ids, labels), or format; auto looks at the
@@ -215,6 +217,7 @@ class DataConfig:
     eval: str | dict[str, str] | None = None
     train_split: str = "train"
     eval_split: str = "train"
+    streaming: bool = False
     eval_fraction: float | None = None
     form: Literal["auto", "instruction", "messages", "sharegpt", "completion", "text", "tokens", "format"] = "auto"
     text_field: str = "text"

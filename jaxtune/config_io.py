@@ -26,6 +26,7 @@ _NO_NUMBERS = {
     "model.local_files_only",
     "data.eval",
     "data.eval_split",
+    "data.streaming",
     "train.logging_steps",
     "train.eval_steps",
     "train.eval_answers",

@@ -115,7 +115,7 @@ def build(
     if records is not None:
         opened = [(from_memory(records), 1.0)]
     else:
-        opened = [(open_records(name, part), weight) for name, weight in sources.items()]
+        opened = [(open_records(name, part, streaming=config.streaming), weight) for name, weight in sources.items()]
     if formatting_func is not None:
         opened = [(_formatted(source, formatting_func, config), weight) for source, weight in opened]
 

@@ -31,6 +31,7 @@ EXTENSIONS = [*LINES, *BUILDERS]
 
 _CHUNK = 1000
 _SAMPLED = 100  # records that show the columns of a file without a schema
+_STREAMED = re.compile(r"(?P<name>[\w.-]+)(\[(?P<start>\d+)?:(?P<stop>\d+)?\])?")
 _SPLIT = re.compile(r"(?P<name>[\w.-]+)(\[(?P<start>-?\d+%?)?:(?P<stop>-?\d+%?)?\])?")
 
 
@@ -62,7 +63,7 @@ def open_records(path_or_id: str, split: str = "train", *, streaming: bool = Fal
 
     A path that exists is read from disk and asks no server. A single file has one split, `train`; `split` may cut it
     (`train[:90%]`, `train[-100:]`). Blank lines are no records. streaming: take a hub dataset as it is read, without a
-    copy on the disk.
+    copy on the disk; it may be cut by numbers of records alone (`train[:10000]`), and is read no further.
 
     Raises:
         UserError: nothing there, unreadable, unknown extension or split, or no records.
@@ -84,10 +85,7 @@ def open_records(path_or_id: str, split: str = "train", *, streaming: bool = Fal
             f"data file {path_or_id} does not exist; correct the path (relative ones start at {path.cwd()})"
         )
     else:
-        name, _, subset = path_or_id.partition(":")
-        options = {"name": subset} if subset else {}
-        loaded = _load(name, f"hub dataset {path_or_id}, split {split!r}", split=split, streaming=streaming, **options)
-        records = _of_dataset(path_or_id, loaded)
+        records = _of_dataset(path_or_id, _from_hub(path_or_id, split, streaming))
     return _with_records(records, f"{path_or_id} has no records in split {split!r}")
 
 
@@ -245,6 +243,19 @@ def _of_dataset(name: str, loaded: datasets.Dataset | datasets.IterableDataset) 
         return (_without_nulls(record) for chunk in chunks() for record in chunk)
 
     return Records(name, tuple(loaded.column_names or _columns(iterate())), iterate)
+
+
+def _from_hub(path_or_id: str, split: str, streaming: bool) -> datasets.Dataset | datasets.IterableDataset:
+    name, _, subset = path_or_id.partition(":")
+    options: dict[str, Any] = {"name": subset} if subset else {}
+    what = f"hub dataset {path_or_id}, split {split!r}"
+    if not streaming:
+        return _load(name, what, split=split, **options)
+    match = _STREAMED.fullmatch(split)
+    if match is None:
+        raise UserError(f"{what}: a stream can be cut by numbers of records alone; write train or train[:10000]")
+    loaded = _load(name, what, split=match["name"], streaming=True, **options).skip(int(match["start"] or 0))
+    return loaded.take(int(match["stop"]) - int(match["start"] or 0)) if match["stop"] else loaded
 
 
 def _from_datasets(name: str, splits: Mapping[str, datasets.Dataset], split: str) -> Records:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import pathlib
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import datasets
@@ -184,7 +184,7 @@ def test_hub_failures_are_the_users_to_fix(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(datasets, "load_dataset", offline)
     with pytest.raises(UserError, match=r"hub dataset someone/something:part, .*could not be read.*out of reach"):
         read("someone/something:part", "test[:5%]")
-    assert asked == {"id": "someone/something", "name": "part", "split": "test[:5%]", "streaming": False}
+    assert asked == {"id": "someone/something", "name": "part", "split": "test[:5%]"}
 
 
 @pytest.mark.parametrize(
@@ -230,3 +230,25 @@ def test_columns_that_do_not_settle_the_form_are_listed(
 ) -> None:
     with pytest.raises(UserError, match=message):
         detect_form(columns, DataConfig(train="x", **settings), "x")
+
+
+def test_streams_are_read_no_further_than_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    read_so_far: list[int] = []
+
+    def records() -> Iterator[dict[str, int]]:
+        for number in range(100):
+            read_so_far.append(number)
+            yield {"text": number}
+
+    def load(path: str, **options: Any) -> datasets.IterableDataset:
+        assert (path, options) == ("owner/name", {"split": "train", "streaming": True, "name": "part"})
+        return datasets.IterableDataset.from_generator(records)
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    found = open_records("owner/name:part", "train[2:5]", streaming=True)
+    assert list(found) == [{"text": 2}, {"text": 3}, {"text": 4}]
+    assert max(read_so_far) < 10
+    assert len(list(open_records("owner/name:part", streaming=True))) == 100
+    for split in ("train[:10%]", "train[-3:]", "train["):
+        with pytest.raises(UserError, match="a stream can be cut by numbers of records alone"):
+            open_records("owner/name:part", split, streaming=True)
