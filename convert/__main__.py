@@ -56,7 +56,7 @@ def _to_4bit(options: argparse.Namespace) -> None:
     if options.adapter is None and checkpoint.is_packed:
         # What is packed keeps its bytes, and what was left dense stays so.
         stored = {load.slot.name: load for load in checkpoint.loads}
-        weights = ((name, False, checkpoint.weight(load)) for name, load in stored.items())
+        weights = ((name, False, checkpoint.stored(load)) for name, load in stored.items())
         quantization = checkpoint.hf_config.get("quantization_config") or bnb4bit.quantization_config()
     else:
         linears = {load.slot.name: load.slot.is_linear for load in checkpoint.loads}

@@ -62,14 +62,19 @@ class Checkpoint:
         Raises:
             ValueError: a damaged group of packed tensors.
         """
-        rows = load.slot.rows
+        rows, whole = load.slot.rows, self.stored(load)
+        if rows is None:
+            return whole
+        return bnb4bit.take_rows(whole, *rows) if isinstance(whole, NF4Tensor) else whole[slice(*rows)]
+
+    def stored(self, load: Load) -> np.ndarray | NF4Tensor:
+        """`weight`, with all that the stored tensor holds beside this one."""
         if not load.is_packed:
-            tensor = self.read(load.slot.name)
-            return tensor if rows is None else tensor[slice(*rows)]
+            return self.read(load.slot.name)
         packed = bnb4bit.pack(load.slot.name, {name: self.read(name) for name in load.sources})
         if packed.shape != load.slot.stored_shape:
             raise ValueError(f"{load.slot.name}: packed from shape {packed.shape}, expected {load.slot.stored_shape}")
-        return packed if rows is None else bnb4bit.take_rows(packed, *rows)
+        return packed
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:

@@ -36,7 +36,7 @@ def base_values(
     dtype = dtype or DTYPES["bf16"]
 
     def values(slot: Slot) -> np.ndarray:
-        weight = checkpoint.weight(loads[slot])
+        weight = checkpoint.stored(loads[slot])
         tensor = np.asarray(nf4.dequantize(weight)) if isinstance(weight, NF4Tensor) else weight
         if slot.rows is not None:
             tensor = tensor[slice(*slot.rows)]

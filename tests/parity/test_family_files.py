@@ -1,0 +1,60 @@
+"""Files of every family through our tables and back: not a bit may change on the way."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import family_cases
+import numpy as np
+import peers
+import pytest
+import torch
+import transformers
+
+from convert import families
+from convert.__main__ import main
+from convert.safetensors_io import open_model, write_model
+from jaxtune.models.config import DecoderConfig
+
+
+def tensors_of(directory: Path) -> dict[str, np.ndarray]:
+    model = open_model(directory)
+    return {name: model.read(name) for name in model.infos}
+
+
+def assert_same_files(one: Path, other: Path) -> None:
+    expected, found = tensors_of(one), tensors_of(other)
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert (found[name].dtype, found[name].shape) == (tensor.dtype, tensor.shape), name
+        assert found[name].tobytes() == tensor.tobytes(), name
+
+
+@pytest.mark.parametrize("name", family_cases.PLAIN)
+def test_dense_weights(tmp_path: Path, name: str) -> None:
+    """Through the parameter tree on the device, and through `python -m convert`, which transformers then loads."""
+    family_cases.save(tmp_path / "hf", family_cases.PLAIN[name])
+    ours = peers.load_ours(tmp_path / "hf")
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "hf").to_dict()
+    infos, read = families.get(config["model_type"]).hf_tensors(ours.frozen, config)
+    write_model(tmp_path / "tree", infos, read, max_shard_bytes=50_000)
+    assert_same_files(tmp_path / "hf", tmp_path / "tree")
+    assert main(["to-safetensors", str(tmp_path / "hf"), "--out", str(tmp_path / "copy")]) == 0
+    assert_same_files(tmp_path / "hf", tmp_path / "copy")
+    again, information = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "copy", output_loading_info=True)
+    assert again.dtype == torch.float32
+    assert not any(information.values())
+
+
+@pytest.mark.parametrize("name", family_cases.PLAIN)
+def test_packed_weights(tmp_path: Path, name: str) -> None:
+    """A checkpoint that bitsandbytes packed keeps its bytes, and its config says the same to our decoder."""
+    family_cases.save(tmp_path / "dense", family_cases.PLAIN[name], **family_cases.BLOCK_SIZES)
+    theirs: Any = peers.load_theirs(tmp_path / "dense", quantization_config=peers.nf4_settings())
+    theirs.save_pretrained(tmp_path / "hf")
+    assert main(["to-4bit", str(tmp_path / "hf"), "--out", str(tmp_path / "copy")]) == 0
+    assert_same_files(tmp_path / "hf", tmp_path / "copy")
+    one, other = (peers.load_ours(tmp_path / where, load_in_4bit=True) for where in ("hf", "copy"))
+    assert isinstance(one.decoder, DecoderConfig)
+    assert one.decoder == other.decoder
