@@ -52,6 +52,11 @@ def chat(arguments: Sequence[str] | None = None) -> int:
 def _run(module: str, options: argparse.Namespace) -> int:
     if options.model is None and options.adapter is None:
         return _fail("name a model with --model, or an adapter with --adapter")
+    if options.adapter is not None and not (options.adapter.expanduser() / "adapter_config.json").is_file():
+        inside = options.adapter / "adapter"
+        is_run = (inside.expanduser() / "adapter_config.json").is_file()
+        remedy = f"name the run's adapter, {inside}" if is_run else "name an adapter's directory"
+        return _fail(f"--adapter {options.adapter}: there is no adapter_config.json in it; {remedy}")
     logging.basicConfig(format="%(name)s: %(message)s", level=logging.WARNING)
     try:
         # Takes seconds: by name, so that help and the mistakes above are answered at once.

@@ -90,7 +90,7 @@ def test_draws_and_stops(base_model: Path, run: Run) -> None:
         (["--model", "MODEL", "--prompt", "Hi", "--temperature", "-1"], "temperature is -1"),
         (["--model", "MODEL", "--prompt", "", "--raw"], "gives no token for ''"),
         (["--model", "MODEL", "--prompt", "Hi", "--raw", "--system", "Be kind."], "--system needs a chat template"),
-        (["--adapter", "/nowhere", "--prompt", "Hi"], "does not name its base model"),
+        (["--adapter", "/nowhere", "--prompt", "Hi"], "no adapter_config.json in it; name an adapter's directory"),
         (["--model", "/nowhere/model", "--prompt", "Hi"], "/nowhere/model"),
     ],
 )
@@ -99,6 +99,11 @@ def test_mistakes(base_model: Path, run: Run, arguments: list[str], problem: str
     assert (status, out) == (2, "")
     assert problem in err
     assert "Traceback" not in err
+
+
+def test_a_run_is_not_its_adapter(adapter: Path, run: Run, tmp_path: Path) -> None:
+    (tmp_path / "adapter").symlink_to(adapter)
+    assert f"name the run's adapter, {tmp_path / 'adapter'}" in run("--adapter", tmp_path, "--prompt", "Hi")[2]
 
 
 def test_conversation(adapter: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
