@@ -128,7 +128,9 @@ def run_points(
         command = [sys.executable, "-m", "jaxtune.train", "--config", config, "--resume=auto"]
         command += [part for text in overrides(point, common, limit) for part in ("--set", text)]
         with point.log.open("a") as log:
-            return subprocess.Popen(command, stdout=log, stderr=log)
+            # In a session of its own: a terminal's Ctrl-C would reach it beside the signal from here, and a second
+            # signal stops a run without saving.
+            return subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
 
     try:
         while waiting or running:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,26 @@ def test_mistakes_show_before_the_first_run(
     assert sweep.main(["--config", str(write_run()), "--out", str(tmp_path / "sweep"), *arguments]) == 2
     assert text in capsys.readouterr().err
     assert not (tmp_path / "sweep").exists()
+
+
+def test_interrupted_runs_get_one_signal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second one would stop them without saving, so that a terminal's Ctrl-C must not reach them too."""
+    program = tmp_path / "python"
+    program.write_text("#!/bin/sh\ntrap 'echo TERM; exit 143' TERM\nps -o sid= $$\nwhile :; do sleep 0.05; done\n")
+    program.chmod(0o755)
+    monkeypatch.setattr("sys.executable", str(program))
+    (point,) = sweep.grid(["lora.r=8"], tmp_path)
+
+    def stop(_: str) -> None:
+        while not (point.log.is_file() and point.log.read_text()):
+            time.sleep(0.01)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sweep.run_points([point], "run.yaml", [], side_by_side=1, limit=None, say=stop)
+    session, signal = point.log.read_text().split()
+    assert int(session) != os.getsid(0)
+    assert signal == "TERM"
 
 
 @pytest.mark.slow
