@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxtune.config import MeshConfig
@@ -31,7 +31,7 @@ from pallas_kernels.nf4.reference import decode_scales
 _MOMENT_BLOCK = 256
 
 
-def make_parts(mesh: Mesh, frozen: Any, state: TrainState) -> Parts | None:
+def make_parts(mesh: Mesh | AbstractMesh, frozen: Any, state: TrainState) -> Parts | None:
     """How a run's arrays are cut over the mesh, from the arrays or their shapes; None on one device.
 
     frozen: as `split_linears` gives it. state: before or after any update.
@@ -166,21 +166,19 @@ def _split_packed(w: NF4Tensor, tensor: int, name: str) -> NF4Tensor:
 
 def check_mesh(mesh: MeshConfig, decoder: DecoderConfig, max_length: int) -> None:
     """Raise UserError where the model's heads and widths, or the rows' length, cannot be spread over the mesh."""
+    heads = {"query heads": decoder.num_heads, "key and value heads": decoder.num_kv_heads}
+    kept = {f"{what} of each device": count // mesh.tensor for what, count in heads.items()}
     along = {
-        "tensor": {
-            "query heads": decoder.num_heads,
-            "key and value heads": decoder.num_kv_heads,
-            "columns of its MLP": decoder.intermediate_size,
-        },
-        "sequence": {"tokens of a row (data.max_length)": max_length},
+        "tensor": {**heads, "columns of its MLP": decoder.intermediate_size},
+        "sequence": {"tokens of a row (data.max_length)": max_length, **kept},
     }
     for axis, counts in along.items():
-        devices = getattr(mesh, axis, 1)
+        devices = getattr(mesh, axis)
         for what, count in counts.items():
             if count % devices:
                 divisors = [n for n in range(1, devices) if all(other % n == 0 for other in counts.values())]
                 raise UserError(
-                    f"mesh.{axis} is {devices}, which does not divide the model's {count} {what}; set mesh.{axis} to "
+                    f"mesh.{axis} is {devices}, which does not divide the {count} {what}; set mesh.{axis} to "
                     f"{' or '.join(map(str, divisors))}"
                 )
 
@@ -233,7 +231,7 @@ def _linear_specs(sizes: Mapping[str, int], leaf: Any, key: str, name: str) -> A
     )
 
 
-def state_specs(mesh: Mesh, state: TrainState) -> TrainState:
+def state_specs(mesh: Mesh | AbstractMesh, state: TrainState) -> TrainState:
     """Adapters and their moments are cut into consecutive elements, so that a flat block of moments has its own."""
     sizes = {axis: mesh.shape[axis] for axis in AXES}
     kept: dict[str, list[Any]] = {}

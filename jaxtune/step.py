@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import Array, lax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxtune.linear import Adaptation
@@ -214,15 +214,17 @@ def eval_step(lora: Tree, frozen: Tree, batch: Batch, config: StepConfig) -> tup
 
 
 def jit_train_step(
-    optimizer: optax.GradientTransformation, config: StepConfig, mesh: Mesh
+    optimizer: optax.GradientTransformation, config: StepConfig, mesh: Mesh | AbstractMesh
 ) -> Callable[[TrainState, Tree, Batch], tuple[TrainState, dict[str, Array]]]:
-    """`train_step` compiled for the mesh; the state's buffers are donated."""
+    """`train_step` compiled for the mesh (or, for an abstract one, to be traced); the state's buffers are donated."""
     step: Any = partial(train_step, optimizer=optimizer, config=config)
-    out: Any = state_sharding(mesh, paged=config.paged), replicated(mesh)
+    out: Any = None
+    if isinstance(mesh, Mesh) and config.parts is None:
+        out = state_sharding(mesh, paged=config.paged), replicated(mesh)
     if (parts := config.parts) is not None:
         specs = (parts.state, parts.frozen, _BATCH), (parts.state, P())
-        step, out = jax.shard_map(step, mesh=mesh, in_specs=specs[0], out_specs=specs[1], check_vma=False), None
-    options = _compiler_options(config.remat, mesh.devices.flat[0].platform)
+        step = jax.shard_map(step, mesh=mesh, in_specs=specs[0], out_specs=specs[1], check_vma=False)
+    options = None if isinstance(mesh, AbstractMesh) else _compiler_options(config.remat, mesh.devices.flat[0].platform)
     return jax.jit(step, donate_argnums=0, out_shardings=out, compiler_options=options)
 
 
