@@ -1,15 +1,24 @@
-"""Hugging Face configuration of a Llama model, from GGUF metadata."""
+"""Hugging Face configuration of a model, from GGUF metadata."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-ARCHITECTURES = ("llama",)
+# GGUF's architectures, and Hugging Face's names of them.
+ARCHITECTURES = {
+    "llama": ("llama", "LlamaForCausalLM"),
+    "qwen2": ("qwen2", "Qwen2ForCausalLM"),
+    "qwen3": ("qwen3", "Qwen3ForCausalLM"),
+    "gemma": ("gemma", "GemmaForCausalLM"),
+    "gemma2": ("gemma2", "Gemma2ForCausalLM"),
+    "gemma3": ("gemma3_text", "Gemma3ForCausalLM"),
+    "phi3": ("phi3", "Phi3ForCausalLM"),
+}
 
 
 class Metadata(dict[str, Any]):
@@ -24,6 +33,15 @@ class Metadata(dict[str, Any]):
             f"{self.path}: metadata key {key!r} is missing; convert the model again with llama.cpp's "
             "convert_hf_to_gguf.py"
         )
+
+    @property
+    def architecture(self) -> str:
+        """GGUF's name of the family, which most keys begin with."""
+        return str(self["general.architecture"])
+
+    def of_model(self, key: str) -> str:
+        """The full key of a property of the model."""
+        return f"{self.architecture}.{key}"
 
     def decimal(self, key: str) -> float:
         """The shortest decimal that rounds to the stored float32: 1e-05, not 9.999999747378752e-06."""
@@ -44,103 +62,136 @@ def check_architecture(metadata: Metadata) -> None:
         ValueError: `general.architecture` is missing or unsupported.
         NotImplementedError: A mixture of experts, or one part of a split file.
     """
-    architecture = metadata["general.architecture"]
+    architecture = metadata.architecture
     if architecture not in ARCHITECTURES:
         raise ValueError(
             f"{metadata.path}: general.architecture is {architecture!r}; supported: {', '.join(ARCHITECTURES)}. "
             "Load the model's safetensors instead"
         )
-    if metadata.get("llama.expert_count", 0):
-        raise NotImplementedError(f"{metadata.path}: mixtures of experts (llama.expert_count > 0) are not supported")
+    if metadata.get(metadata.of_model("expert_count"), 0):
+        raise NotImplementedError(
+            f"{metadata.path}: mixtures of experts ({architecture}.expert_count > 0) are not supported"
+        )
     if metadata.get("split.count", 1) > 1:
         raise NotImplementedError(
             f"{metadata.path}: one part of a split model; join the parts with llama-gguf-split --merge"
         )
 
 
-def llama_config(
-    metadata: Metadata,
-    *,
-    vocab_size: int,
-    tied: bool,
-    attention_bias: bool,
-    mlp_bias: bool,
-    rope_factors: np.ndarray | None,
+def hf_config(
+    metadata: Metadata, *, vocab_size: int, names: Collection[str], factors: Mapping[str, np.ndarray]
 ) -> dict[str, Any]:
     """Return what `config.json` of the same model would hold.
 
     Args:
         metadata: Of a file that passed `check_architecture`.
         vocab_size: Rows of the embedding, which may be more than the tokenizer has tokens.
-        tied: The file has no output matrix: the embedding serves as one.
-        attention_bias: Whether q, k, v and o have biases.
-        mlp_bias: Whether gate, up and down have biases.
-        rope_factors: The tensor `rope_freqs.weight` [head_dim / 2], if any: divisors of the rotary frequencies.
+        names: Of the tensors, Hugging Face's.
+        factors: The rotary factors [head_dim / 2], by `names.FACTORS`' words: divisors of the rotary frequencies.
 
     Returns:
-        A dict for `transformers.LlamaConfig(**dict)`, with `rope_theta` and `rope_scaling` as in transformers 4.
-        `rope_scaling` is None, "linear", "llama3" or, for factors that no Llama 3 recipe gives,
+        A dict for transformers' config class, with `rope_theta` and `rope_scaling` as in transformers 4.
+        `rope_scaling` is None, "linear", "yarn", "longrope", "llama3" or, for factors that no Llama 3 recipe gives,
         {"rope_type": "freq_factors", "factors": [head_dim / 2 floats]}: ours, unknown to transformers.
 
     Raises:
         ValueError: A key is missing.
         NotImplementedError: Another rope scaling, a partial rotary embedding, or layers of different sizes.
     """
-    heads = metadata.uniform("llama.attention.head_count")
-    hidden_size = metadata["llama.embedding_length"]
-    head_dim = metadata.get("llama.attention.key_length", hidden_size // heads)
-    if (rotary := metadata.get("llama.rope.dimension_count", head_dim)) != head_dim:
+    key = metadata.of_model
+    model_type, class_name = ARCHITECTURES[metadata.architecture]
+    heads = metadata.uniform(key("attention.head_count"))
+    hidden_size = metadata[key("embedding_length")]
+    head_dim = metadata.get(key("attention.key_length"), hidden_size // heads)
+    rotary = metadata.get(key("rope.dimension_count"), head_dim)
+    if rotary != head_dim and model_type != "phi3":
         raise NotImplementedError(
             f"{metadata.path}: rotary embedding over {rotary} of {head_dim} dimensions; only all of them is supported"
         )
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_act": "silu",
+    config = {
+        "architectures": [class_name],
+        "model_type": model_type,
+        "hidden_act": "gelu_pytorch_tanh" if model_type.startswith("gemma") else "silu",
         "hidden_size": hidden_size,
-        "intermediate_size": metadata.uniform("llama.feed_forward_length"),
-        "num_hidden_layers": metadata["llama.block_count"],
+        "intermediate_size": metadata.uniform(key("feed_forward_length")),
+        "num_hidden_layers": metadata[key("block_count")],
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads(metadata),
         "head_dim": head_dim,
         "vocab_size": vocab_size,
-        "max_position_embeddings": metadata["llama.context_length"],
-        "rms_norm_eps": metadata.decimal("llama.attention.layer_norm_rms_epsilon"),
+        "max_position_embeddings": metadata[key("context_length")],
+        "rms_norm_eps": metadata.decimal(key("attention.layer_norm_rms_epsilon")),
         "rope_theta": _rope_theta(metadata),
-        "rope_scaling": _rope_scaling(metadata, rope_factors, head_dim),
-        "attention_bias": attention_bias,
-        "mlp_bias": mlp_bias,
-        "tie_word_embeddings": tied,
+        "rope_scaling": _rope_scaling(metadata, factors, head_dim),
+        "attention_bias": "model.layers.0.self_attn.q_proj.bias" in names,
+        "mlp_bias": "model.layers.0.mlp.gate_proj.bias" in names,
+        "tie_word_embeddings": "lm_head.weight" not in names,
         "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
         "eos_token_id": metadata.get("tokenizer.ggml.eos_token_id"),
         "pad_token_id": metadata.get("tokenizer.ggml.padding_token_id"),
     }
+    return config | _of_family(metadata, config, rotary / head_dim)
+
+
+def _of_family(metadata: Metadata, config: Mapping[str, Any], rotated: float) -> dict[str, Any]:
+    """What only some families' configs have."""
+    key, family = metadata.of_model, config["model_type"]
+    window = metadata.get(key("attention.sliding_window")) or None
+    if family == "phi3":
+        original = metadata.get(key("rope.scaling.original_context_length"), config["max_position_embeddings"])
+        return {
+            "sliding_window": window,
+            "partial_rotary_factor": rotated,
+            "original_max_position_embeddings": original,
+        }
+    if family not in ("gemma2", "gemma3_text"):
+        return {}
+    # llama.cpp knows the 27B models, whose scores are scaled otherwise, by their number of layers.
+    is_27b = config["num_hidden_layers"] == {"gemma2": 46, "gemma3_text": 62}[family]
+    scalar = config["hidden_size"] // config["num_attention_heads"] if is_27b else config["head_dim"]
+    own: dict[str, Any] = {"sliding_window": window or 4096, "query_pre_attn_scalar": scalar}
+    for cap in ("attn_logit_softcapping", "final_logit_softcapping"):
+        own[cap] = metadata.decimal(key(cap)) if metadata.get(key(cap)) else None
+    if family == "gemma3_text":
+        local = key("rope.freq_base_swa")
+        own["rope_local_base_freq"] = metadata.decimal(local) if metadata.get(local) else 10000.0
+    return own
 
 
 def kv_heads(metadata: Metadata) -> int:
     """Number of key and value heads: as many as query heads unless said otherwise."""
-    key = "llama.attention.head_count_kv"
-    return metadata.uniform(key if metadata.get(key) is not None else "llama.attention.head_count")
+    key = metadata.of_model("attention.head_count_kv")
+    return metadata.uniform(key if metadata.get(key) is not None else metadata.of_model("attention.head_count"))
 
 
 def _rope_theta(metadata: Metadata) -> float:
-    return metadata.decimal("llama.rope.freq_base") if metadata.get("llama.rope.freq_base") is not None else 10000.0
+    key = metadata.of_model("rope.freq_base")
+    return metadata.decimal(key) if metadata.get(key) is not None else 10000.0
 
 
-def _rope_scaling(metadata: Metadata, factors: np.ndarray | None, head_dim: int) -> dict[str, Any] | None:
-    kind = metadata.get("llama.rope.scaling.type", "linear")
-    if kind not in ("none", "linear"):
+def _rope_scaling(metadata: Metadata, by_word: Mapping[str, np.ndarray], head_dim: int) -> dict[str, Any] | None:
+    key, factors = metadata.of_model, by_word.get("all")
+    kind = metadata.get(key("rope.scaling.type"), "linear")
+    if "short" in by_word and "long" in by_word:
+        scaling = {f"{word}_factor": [float(value) for value in by_word[word]] for word in ("short", "long")}
+        attention = key("rope.scaling.attn_factor")
+        if metadata.get(attention):
+            scaling["attention_factor"] = metadata.decimal(attention)
+        return {"rope_type": "longrope", **scaling}
+    if kind not in ("none", "linear", "yarn"):
         raise NotImplementedError(
-            f"{metadata.path}: rope scaling {kind!r} is not supported (none, linear, rope_freqs.weight are)"
+            f"{metadata.path}: rope scaling {kind!r} is not supported (none, linear, yarn, rope_freqs.weight are)"
         )
     # The second key is that of files from before October 2023.
-    keys = [key for key in ("llama.rope.scaling.factor", "llama.rope.scale_linear") if metadata.get(key)]
-    factor = metadata.decimal(keys[0]) if kind == "linear" and keys else 1.0
+    keys = [name for name in (key("rope.scaling.factor"), key("rope.scale_linear")) if metadata.get(name)]
+    factor = metadata.decimal(keys[0]) if kind != "none" and keys else 1.0
+    if kind == "yarn" and factors is None:
+        return _yarn(metadata, factor)
     if factors is None:
         return {"rope_type": "linear", "factor": factor} if factor != 1.0 else None
     if factor != 1.0:
         raise NotImplementedError(
-            f"{metadata.path}: rope_freqs.weight together with a linear rope scaling is not supported"
+            f"{metadata.path}: rope_freqs.weight together with a {kind} rope scaling is not supported"
         )
     recipe = {
         "rope_type": "llama3",
@@ -153,6 +204,18 @@ def _rope_scaling(metadata: Metadata, factors: np.ndarray | None, head_dim: int)
     if np.allclose(factors, _llama3_factors(recipe, _rope_theta(metadata), head_dim), rtol=1e-5, atol=0):
         return recipe
     return {"rope_type": "freq_factors", "factors": [float(factor) for factor in factors]}
+
+
+def _yarn(metadata: Metadata, factor: float) -> dict[str, Any]:
+    key = metadata.of_model
+    if metadata.get(key("rope.scaling.yarn_attn_factor"), 1.0) != 1.0:
+        raise NotImplementedError(f"{metadata.path}: yarn with an attention factor of its own is not supported")
+    scaling: dict[str, Any] = {"rope_type": "yarn", "factor": factor}
+    scaling["original_max_position_embeddings"] = metadata[key("rope.scaling.original_context_length")]
+    for name in ("beta_fast", "beta_slow"):
+        if metadata.get(key(f"rope.scaling.yarn_{name}")):
+            scaling[name] = metadata.decimal(key(f"rope.scaling.yarn_{name}"))
+    return scaling
 
 
 def _llama3_factors(recipe: dict[str, Any], theta: float, head_dim: int) -> np.ndarray:

@@ -13,9 +13,9 @@ import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, dequantize
 from transformers import PreTrainedTokenizerFast
 
-from convert.gguf.config import Metadata, check_architecture, kv_heads, llama_config
+from convert.gguf.config import Metadata, check_architecture, hf_config, kv_heads
 from convert.gguf.header import RawTensor, parse_header
-from convert.gguf.names import ROPE_FACTORS, hf_name
+from convert.gguf.names import FACTORS, hf_name
 from convert.gguf.tokenizer import build_tokenizer
 from convert.safetensors_io import TensorInfo
 
@@ -35,7 +35,7 @@ class GgufTensorInfo(TensorInfo):
 
 
 class GgufFile:
-    """A Llama model in a GGUF file, memory-mapped: nothing is decoded before it is asked for.
+    """A model in a GGUF file, memory-mapped: nothing is decoded before it is asked for.
 
     Attributes:
         path: The file.
@@ -48,7 +48,7 @@ class GgufFile:
 
         Raises:
             FileNotFoundError: There is no such file.
-            ValueError: Not a GGUF file, truncated, of another architecture, or with tensors that no Llama model has.
+            ValueError: Not a GGUF file, truncated, of another architecture, or with tensors that no such model has.
             NotImplementedError: A mixture of experts or one part of a split file.
         """
         self.path = Path(path)
@@ -57,27 +57,22 @@ class GgufFile:
         metadata, raw = parse_header(self._data.data, self.path)
         self.metadata = Metadata(metadata, self.path)
         check_architecture(self.metadata)
-        self._rope_factors = raw.pop(ROPE_FACTORS, None)
-        self._raw = {_checked_name(name, tensor, self.path): tensor for name, tensor in raw.items()}
+        architecture = self.metadata.architecture
+        self._factors = {word: raw.pop(name) for name, word in FACTORS.items() if name in raw}
+        self._raw = {_checked_name(name, tensor, architecture, self.path): tensor for name, tensor in raw.items()}
         self.tensors = {
-            name: GgufTensorInfo(_DENSE.get(tensor.type, np.dtype(np.float32)), tensor.shape, tensor.type)
+            name: GgufTensorInfo(self._dtype(name, tensor), tensor.shape, tensor.type)
             for name, tensor in self._raw.items()
         }
 
     @cached_property
     def hf_config(self) -> dict[str, Any]:
-        """The model's `config.json`; see `convert.gguf.config.llama_config`."""
+        """The model's `config.json`; see `convert.gguf.config.hf_config`."""
         embedding = self._raw.get("model.embed_tokens.weight")
         if embedding is None:
             raise ValueError(f"{self.path}: tensor token_embd.weight is missing; pass a file that holds a whole model")
-        return llama_config(
-            self.metadata,
-            vocab_size=embedding.shape[0],
-            tied="lm_head.weight" not in self._raw,
-            attention_bias="model.layers.0.self_attn.q_proj.bias" in self._raw,
-            mlp_bias="model.layers.0.mlp.gate_proj.bias" in self._raw,
-            rope_factors=None if self._rope_factors is None else self._decode(self._rope_factors),
-        )
+        factors = {word: self._decode(tensor) for word, tensor in self._factors.items()}
+        return hf_config(self.metadata, vocab_size=embedding.shape[0], names=self._raw, factors=factors)
 
     @property
     def chat_template(self) -> str | None:
@@ -95,15 +90,23 @@ class GgufFile:
             Unquantised tensors may be read-only views of the file.
         """
         heads = None
-        if ".q_proj." in name:
+        if self.metadata.architecture == "llama" and ".q_proj." in name:
             heads = self.metadata.uniform("llama.attention.head_count")
-        elif ".k_proj." in name:
+        elif self.metadata.architecture == "llama" and ".k_proj." in name:
             heads = kv_heads(self.metadata)
-        return self._decode(self._raw[name], heads)
+        tensor = self._decode(self._raw[name], heads)
+        # Gemma's norms multiply by 1 + w, and its GGUF files hold the sum.
+        return tensor.astype(np.float32) - np.float32(1) if self._is_shifted(name) else tensor
 
     def build_tokenizer(self) -> PreTrainedTokenizerFast:
         """Build the tokenizer that the metadata describe; see `convert.gguf.tokenizer.build_tokenizer`."""
         return build_tokenizer(self.metadata)
+
+    def _is_shifted(self, name: str) -> bool:
+        return self.metadata.architecture.startswith("gemma") and name.endswith("norm.weight")
+
+    def _dtype(self, name: str, tensor: RawTensor) -> np.dtype:
+        return np.dtype(np.float32) if self._is_shifted(name) else _DENSE.get(tensor.type, np.dtype(np.float32))
 
     def _decode(self, tensor: RawTensor, rotary_heads: int | None = None) -> np.ndarray:
         rows = np.asarray(self._data[tensor.offset : tensor.offset + tensor.nbytes])
@@ -136,11 +139,11 @@ def _unpermute(rows: np.ndarray, heads: int) -> np.ndarray:
     return rows.reshape(heads, rows.shape[0] // heads // 2, 2, -1).swapaxes(1, 2).reshape(rows.shape)
 
 
-def _checked_name(name: str, tensor: RawTensor, path: Path) -> str:
-    """Return the Hugging Face name of a tensor, if a Llama model has it and it can be decoded."""
-    translated = hf_name(name)
+def _checked_name(name: str, tensor: RawTensor, architecture: str, path: Path) -> str:
+    """Return the Hugging Face name of a tensor, if a model of the architecture has it and it can be decoded."""
+    translated = hf_name(name, architecture)
     if translated is None:
-        raise ValueError(f"{path}: a Llama model has no tensor {name!r}; load the model's safetensors instead")
+        raise ValueError(f"{path}: a {architecture} model has no tensor {name!r}; load the model's safetensors instead")
     if tensor.type not in _decodable_types():
         supported = ", ".join(kind.name for kind in _decodable_types())
         raise ValueError(

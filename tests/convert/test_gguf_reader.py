@@ -263,7 +263,7 @@ def test_llama3_rope_factors(factor: float, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("metadata", "message"),
     [
-        ({"llama.rope.scaling.type": "yarn"}, "rope scaling 'yarn'"),
+        ({"llama.rope.scaling.type": "longrope"}, "rope scaling 'longrope'"),
         ({"llama.rope.dimension_count": 8}, "rotary embedding over 8 of 16"),
         ({"llama.expert_count": 8}, "mixtures of experts"),
         ({"split.count": 3}, "llama-gguf-split --merge"),
@@ -291,8 +291,8 @@ def test_missing_embedding(tmp_path: Path) -> None:
 
 
 def test_other_architectures(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"small\.gguf.*'gemma2'; supported: llama"):
-        open_gguf(small_file(tmp_path, architecture="gemma2"))
+    with pytest.raises(ValueError, match=r"small\.gguf.*'mamba'; supported: llama, qwen2"):
+        open_gguf(small_file(tmp_path, architecture="mamba"))
 
 
 @pytest.mark.parametrize(
