@@ -13,6 +13,7 @@ import dataclasses
 import itertools
 import json
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -253,14 +254,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if not point.is_done(config):
                 waiting.append(point)
         options.out.mkdir(parents=True, exist_ok=True)
-        statuses = run_points(
-            waiting,
-            options.config,
-            options.set,
-            side_by_side=options.side_by_side,
-            limit=limit,
-            say=partial(console.print, markup=False, highlight=False, soft_wrap=True),
-        )
+        # As Ctrl-C: a scheduler that ends the sweep ends its runs, and they save.
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+        try:
+            statuses = run_points(
+                waiting,
+                options.config,
+                options.set,
+                side_by_side=options.side_by_side,
+                limit=limit,
+                say=partial(console.print, markup=False, highlight=False, soft_wrap=True),
+            )
+        finally:
+            signal.signal(signal.SIGTERM, before)
         results = [collect(point, statuses.get(point.name, 0)) for point in points]
         write_summary(results, options.out, console)
     except (UserError, OSError) as error:
