@@ -249,6 +249,8 @@ class DataConfig:
                 raise UserError(f"data.train.{name} is {weight}; set its weight to more than 0, or remove the source")
         if self.eval == {}:
             raise UserError("data.eval names no set; write name: source, or remove it")
+        if "train" in self.eval_sets:
+            raise UserError("data.eval has a set named train, which is what the training data are called; rename it")
         if self.eval is not None and self.eval_fraction is not None:
             raise UserError("data.eval and data.eval_fraction both say what is held out; keep one of them")
         for key, text in (("prompt_format", self.prompt_format), ("response_format", self.response_format)):

@@ -26,7 +26,7 @@ from jaxtune.config import RunConfig
 from jaxtune.config_io import check_files, to_dict
 from jaxtune.data.dataset import Dataset, build, eval_sets
 from jaxtune.data.loader import Loader, Position, Prefetch
-from jaxtune.data.report import describe
+from jaxtune.data.report import describe_all
 from jaxtune.decoding import Generator
 from jaxtune.device_memory import check_limit, limit_memory
 from jaxtune.environment import versions
@@ -135,7 +135,7 @@ def fit(
     asked = {} if count is None else {name: questions(data, count) for name, data in held_out_sets.items()}
     check_vocabulary([train_data, *held_out_sets.values()], prompts, decoder)
     check_embedding(config.model, decoder)
-    described = [describe(name, data) for name, data in {"train": train_data, **held_out_sets}.items()]
+    described = describe_all({"train": train_data, **held_out_sets})
     for text in described:
         progress.note(text)
     if config.data.max_length > decoder.max_position:

@@ -16,7 +16,7 @@ from jaxtune.config_io import check_files, load_config
 from jaxtune.data.dataset import Dataset, build, eval_sets
 from jaxtune.data.loader import Loader
 from jaxtune.data.preview import Shown, show_row, to_html, visible
-from jaxtune.data.report import describe
+from jaxtune.data.report import describe_all
 from jaxtune.errors import UserError
 from jaxtune.loading import load_tokenizer, resolve_source
 
@@ -50,13 +50,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _preview(config: RunConfig, split: str, count: int, page: Path | None) -> None:
+    if count < 0:
+        raise UserError(f"--n is {count}; set it to 0 or more")
     tokenizer = load_tokenizer(resolve_source(config.model))
     sets = {"train": build(config.data, tokenizer), **eval_sets(config.data, tokenizer)}
     if split not in sets:
         raise UserError(f"--split {split}: the run has {', '.join(sets)}; choose one of them")
-    if count < 0:
-        raise UserError(f"--n is {count}; set it to 0 or more")
-    statistics = [describe(name, data) for name, data in sets.items()]
+    statistics = describe_all(sets)
     rows = [show_row(sets[split], row, tokenizer) for row in _first_rows(sets[split], split, config, count)]
     console = Console(highlight=False, soft_wrap=True)
     for text in statistics:

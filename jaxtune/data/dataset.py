@@ -125,7 +125,7 @@ def build(
         read.forms.append(form)
         read.tallies.append(tally)
         for document in encoder.encode(source, form, tally):
-            read.documents.append((number, document, _digest(document)))
+            read.documents.append((number, document, digest(document)))
     if config.eval_fraction is not None:
         _hold_out(read, config.eval_fraction, take=split != "train")
     return _finish(read, opened, config)
@@ -171,19 +171,20 @@ def _formatted(source: Records, formatting_func: Callable[[Record], str | Record
     return Records(source.name, columns, iterate)
 
 
-def _digest(document: Document) -> bytes:
+def digest(document: Document) -> bytes:
+    """What two documents have in common that are equal in tokens and weights."""
     return hashlib.blake2b(document.tokens.tobytes() + document.weights.tobytes(), digest_size=16).digest()
 
 
 def _hold_out(read: _Read, fraction: float, take: bool) -> None:
     """Keep the held-out part, or the rest. By digest, so that equal records stay together."""
-    counts = collections.Counter(digest for _, _, digest in read.documents)
+    counts = collections.Counter(found for _, _, found in read.documents)
     wanted, held = max(1, round(fraction * len(read.documents))), set()
-    for digest in sorted(counts):
+    for found in sorted(counts):
         if wanted <= 0:
             break
-        held.add(digest)
-        wanted -= counts[digest]
+        held.add(found)
+        wanted -= counts[found]
     kept = [item for item in read.documents if (item[2] in held) == take]
     if read.documents and not kept:
         raise UserError(
@@ -240,7 +241,7 @@ def _finish(read: _Read, opened: Sequence[tuple[Records, float]], config: DataCo
         altered=sum(tally.altered for tally in read.tallies),
         **{{"truncate": "truncated", "drop": "dropped"}.get(config.overlong, "split"): len(overlong)},
         unlearnt=sum(len(tally.unlearnt) for tally in read.tallies),
-        duplicates=len(read.documents) - len({digest for _, _, digest in read.documents}),
+        duplicates=len(read.documents) - len({found for _, _, found in read.documents}),
         documents=len(documents),
         tokens=len(documents.tokens),
         learnt_tokens=int(np.count_nonzero(documents.weights)),
@@ -271,7 +272,7 @@ def _fit(document: Document, config: DataConfig) -> list[Document]:
 
 def _fingerprint(documents: Documents, sources: Sequence[Source], config: DataConfig) -> str:
     ranges = [(source.start, source.stop, source.weight) for source in sources]
-    digest = hashlib.sha256(repr((ranges, config.max_length, config.packing, config.shuffle)).encode())
+    content = hashlib.sha256(repr((ranges, config.max_length, config.packing, config.shuffle)).encode())
     for array in (documents.tokens, documents.weights, documents.lengths):
-        digest.update(array.tobytes())
-    return digest.hexdigest()
+        content.update(array.tobytes())
+    return content.hexdigest()

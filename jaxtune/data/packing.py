@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 from jaxtyping import Float32, Int, Int32
@@ -31,6 +31,9 @@ class Documents:
 
     def __len__(self) -> int:
         return len(self.lengths)
+
+    def __iter__(self) -> Iterator[Document]:
+        return (self[index] for index in range(len(self)))
 
     def __getitem__(self, index: int) -> Document:
         place = slice(self.starts[index], self.starts[index] + self.lengths[index])

@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from jaxtune.data.dataset import Dataset, Source
+from jaxtune.data.dataset import Dataset, Source, digest
 
 _BAR = "▏▎▍▌▋▊▉█"
 _BAR_WIDTH = 30
 _NAMED = 5
+
+
+def describe_all(sets: Mapping[str, Dataset]) -> list[str]:
+    """What is to be said of the training data and of each held-out set, by their names: `train` and others."""
+    learnt = {digest(document) for document in sets["train"].documents} if len(sets) > 1 else set()
+    described = []
+    for name, data in sets.items():
+        text = describe(name, data)
+        also = 0 if name == "train" else sum(digest(document) in learnt for document in data.documents)
+        if also:
+            text += (
+                f"\n  {also:,} of its documents are in the training data, too: their loss says what was learnt by heart"
+            )
+        described.append(text)
+    return described
 
 
 def describe(name: str, data: Dataset) -> str:

@@ -152,6 +152,8 @@ def test_named_evaluation_sets(make_tokenizer: Make, write_jsonl: Write) -> None
     assert list(eval_sets(DataConfig(train=one, eval=two), make_tokenizer())) == ["eval"]
     with pytest.raises(UserError, match=r"data\.eval names no file"):
         build(DataConfig(train="x"), make_tokenizer(), "eval")
+    with pytest.raises(UserError, match=r"data\.eval has a set named train, .* rename it"):
+        DataConfig(train="a", eval={"train": "b"})
 
 
 def test_records_in_memory_and_a_function_of_the_users(make_tokenizer: Make) -> None:

@@ -51,6 +51,7 @@ def test_command(run: Callable[..., list[str]], tmp_path: Path, capsys: pytest.C
     out = capsys.readouterr().out
     assert "train: 5 documents of 5 records" in out
     assert "eval: 2 documents of 2 records" in out
+    assert "2 of its documents are in the training data, too" in out
     learnt = re.findall("⟦(.*?)⟧", out.partition("=== row 1: ")[2], re.DOTALL)
     assert learnt
     assert set(learnt) <= {f"héllo <b>{i}</b><|im_end|>" for i in range(5)}
