@@ -1,5 +1,7 @@
 """Checkpoints of a run, on Orbax: adapter, optimizer state, step and data position; never the base model.
 
+`python -m jaxtune.checkpoint verify DIR` reads every byte of a run's checkpoints and says which of them are whole.
+
 A checkpoint is a directory named by its step. In it, `state/` is Orbax's, with the state as nested dicts of arrays, and
 `meta.json` has the run's description, the arrays' shapes and dtypes, and a CRC-32 of each of Orbax's files and of its
 own content. It is written under a temporary name, flushed to the disk and renamed, so a directory with a step for a
@@ -8,12 +10,14 @@ name is complete.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shutil
+import sys
 import warnings
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -159,15 +163,25 @@ class Checkpoints:
                 f"the checkpoint {path} is of another kind of run:\n  {lines}\n"
                 "Resume with the configuration it was written with, or start a new run in another output.dir"
             )
-        files = _file_checksums(path / "state")
-        for name, checksum in record["files"].items():
-            if files.get(name) != checksum:
-                what = "has changed since it was written" if name in files else "is missing"
-                raise CorruptCheckpointError(f"the checkpoint {path} is damaged: state/{name} {what}")
+        _check_files(path, record)
         with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
             host = flatten_dict(checkpointer.restore(path / "state"), sep="/")
         leaves = [_place(host[name], like, record["key_impls"].get(name)) for name, like in wanted.items()]
         return jax.tree.unflatten(jax.tree.structure(abstract_state), leaves), {"step": step, **record["meta"]}
+
+    def verify(self, step: int) -> dict[str, Any]:
+        """Read every byte of one checkpoint and compare it with what was written; nothing is loaded.
+
+        Returns:
+            Its meta as `read_meta` gives it.
+
+        Raises:
+            CorruptCheckpointError: naming every file that is missing or changed.
+            UserError: no such checkpoint.
+        """
+        record, path = self._read_record(step), self.directory / str(step)
+        _check_files(path, record)
+        return {"step": step, **record["meta"]}
 
     def restore_latest(
         self, abstract_state: Any, check: Callable[[dict[str, Any]], None] | None = None
@@ -256,6 +270,18 @@ def _file_checksums(root: Path) -> dict[str, int]:
     return checksums
 
 
+def _check_files(path: Path, record: Mapping[str, Any]) -> None:
+    """Raise CorruptCheckpointError, naming every file of the checkpoint that is not as it was written."""
+    found = _file_checksums(path / "state")
+    damaged = [
+        f"state/{name} " + ("has changed since it was written" if name in found else "is missing")
+        for name, checksum in record["files"].items()
+        if found.get(name) != checksum
+    ]
+    if damaged:
+        raise CorruptCheckpointError(f"the checkpoint {path} is damaged: {'; '.join(damaged)}")
+
+
 def _flush(path: Path) -> None:
     """Have the operating system write a file, or a directory's entries, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -263,3 +289,49 @@ def _flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _find(directory: Path) -> tuple[Path, list[int]]:
+    """The directory of checkpoints and the steps that a path means: a run, its checkpoints, or one of them."""
+    if (directory / "meta.json").is_file() and directory.name.isdecimal():
+        return directory.parent, [int(directory.name)]
+    below = directory / "checkpoints"
+    where = below if below.is_dir() else directory
+    steps = Checkpoints(where).steps()
+    if not steps:
+        raise UserError(f"{directory} holds no checkpoint; name a run's output.dir, its checkpoints/, or one of them")
+    return where, steps
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m jaxtune.checkpoint",
+        description="Check a run's checkpoints.",
+        epilog="exit status: 0 all are whole, 1 one is damaged, 2 something to correct, said in one message",
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    verify = commands.add_parser("verify", help="read every byte and compare it with what was written")
+    verify.add_argument("directory", type=Path, help="a run's output.dir, its checkpoints/, or one checkpoint")
+    options = parser.parse_args(arguments)
+    try:
+        where, steps = _find(options.directory.expanduser().absolute())
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    checkpoints, damaged = Checkpoints(where), 0
+    for step in steps:
+        try:
+            meta = checkpoints.verify(step)
+        except UserError as error:
+            damaged += 1
+            print(error)
+        else:
+            size = sum(path.stat().st_size for path in (where / str(step)).rglob("*") if path.is_file())
+            of = f", of the configuration {meta['config_fingerprint'][:12]}" if "config_fingerprint" in meta else ""
+            print(f"{where / str(step)}: whole, {size:,} bytes{of}")
+    return 1 if damaged else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -20,7 +20,7 @@ import optax
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxtune.checkpoint import Checkpoints, CorruptCheckpointError, check_compatible, run_meta
+from jaxtune.checkpoint import Checkpoints, CorruptCheckpointError, check_compatible, main, run_meta
 from jaxtune.config import DataConfig, LoraConfig, ModelConfig, OutputConfig, RunConfig, TrainConfig
 from jaxtune.errors import UserError
 
@@ -315,3 +315,26 @@ def test_warning_and_check_order_of_restore_latest(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="another run"):
         checkpoints.restore_latest({"of another shape": jnp.zeros(2)}, check=refuse)
     assert seen == [{"step": 1, "mark": "ours"}]
+
+
+def test_verify_reads_every_byte(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    for step in (3, 5):
+        checkpoints.save(step, make_state(step), {"config_fingerprint": "0123456789abcdef"})
+    for path in (tmp_path, tmp_path / "checkpoints", tmp_path / "checkpoints" / "3"):
+        assert main(["verify", str(path)]) == 0
+        assert "checkpoints/3: whole, " in capsys.readouterr().out
+    victims = [path for path in (tmp_path / "checkpoints" / "5" / "state").rglob("*") if path.stat().st_size > 8]
+    largest = max((path for path in victims if path.is_file()), key=lambda path: path.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
+    smallest = min((path for path in victims if path.is_file()), key=lambda path: path.stat().st_size)
+    smallest.unlink()
+    assert main(["verify", str(tmp_path)]) == 1
+    out = capsys.readouterr().out
+    assert "checkpoints/3: whole" in out
+    for path, what in ((largest, "has changed since it was written"), (smallest, "is missing")):
+        assert f"{path.relative_to(tmp_path / 'checkpoints' / '5')} {what}" in out
+    assert main(["verify", str(tmp_path / "nowhere")]) == 2
+    assert "holds no checkpoint" in capsys.readouterr().err
