@@ -65,6 +65,9 @@ def show_plan(plan: Plan, remedy: str | None, console: Console) -> None:
     table.add_row("host", format_bytes(memory.host))
     console.print(table)
 
+    if plan.sent:
+        along = ", ".join(f"{format_bytes(int(size))} along {axes}" for axes, size in plan.sent.items() if size > 2**20)
+        say(f"each of {config.mesh.devices} devices holds this, and sends {along} in a step (docs/scale.md)")
     seconds = f"{format_seconds(plan.seconds)} a step ({plan.tokens_per_step / plan.seconds:,.0f} tokens/s), estimated"
     if plan.steps is None:
         say(f"steps: not known, since the data were not read; {plan.tokens_per_step:,} tokens and {seconds}")
@@ -148,6 +151,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         hf_config = find_hf_config(config.model)
         device = this_device() if options.device is None else sheet(options.device)
         compile_here = options.device is None and not options.no_compile and jax.default_backend() == "gpu"
+        compile_here = compile_here and config.mesh.devices <= len(jax.devices())
         plan = make_plan(config, hf_config, device, compile_here=compile_here, rows=count_rows(config))
         if options.json:
             print(json.dumps(plan.to_json()))

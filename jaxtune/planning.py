@@ -15,6 +15,7 @@ from jaxtune.loading import resolve_dtype
 from jaxtune.metrics import format_bytes
 from jaxtune.remat import POLICIES
 from jaxtune.structure import compile_step, step_bytes
+from jaxtune.traffic import sent_bytes, step_collectives
 
 # An estimate that is this much above what the device has is refused without compiling; closer ones are compiled first.
 _SURELY_TOO_MUCH = 1.25
@@ -45,7 +46,7 @@ class Plan:
     dtype, policy: what `auto` in the configuration comes to there. candidates: the policies to compile one after
     another until one fits; the run's own where it names one. memory: of a step. steps: of the run, or None where the
     data were not counted. seconds, flops: of one update, estimated. reaches: every policy on this device. cards: every
-    policy on common cards.
+    policy on common cards. sent: bytes that each device sends in an update, by the axes of the mesh.
     """
 
     config: RunConfig
@@ -60,6 +61,7 @@ class Plan:
     flops: float
     reaches: tuple[Reach, ...]
     cards: dict[str, tuple[Reach, ...]]
+    sent: dict[str, float]
 
     @property
     def fits(self) -> bool:
@@ -127,6 +129,7 @@ class Plan:
             "estimated_seconds_per_step": round(self.seconds, 4),
             "estimated_seconds": None if self.steps is None else round(self.steps * self.seconds, 1),
             "teraflop_per_step": round(self.flops / 1e12, 3),
+            "sent_bytes_per_step": {axes: round(size) for axes, size in self.sent.items()},
             "policies": reaches(self.reaches),
             "cards": {name: reaches(of) for name, of in self.cards.items()},
         }
@@ -179,6 +182,7 @@ def make_plan(
         flops=step_flops(config, model, policy),
         reaches=_reaches(config, model, device, dtype) if survey else (),
         cards={name: _reaches(config, models[dtype], card, dtype) for name, (card, dtype) in cards.items()},
+        sent=sent_bytes(step_collectives(config, hf_config, resolve_dtype(dtype), policy), config) if survey else {},
     )
 
 
