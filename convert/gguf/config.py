@@ -173,7 +173,9 @@ def _rope_scaling(metadata: Metadata, by_word: Mapping[str, np.ndarray], head_di
     key, factors = metadata.of_model, by_word.get("all")
     kind = metadata.get(key("rope.scaling.type"), "linear")
     if "short" in by_word and "long" in by_word:
-        scaling = {f"{word}_factor": [float(value) for value in by_word[word]] for word in ("short", "long")}
+        scaling: dict[str, Any] = {
+            f"{word}_factor": [float(value) for value in by_word[word]] for word in ("short", "long")
+        }
         attention = key("rope.scaling.attn_factor")
         if metadata.get(attention):
             scaling["attention_factor"] = metadata.decimal(attention)
