@@ -24,7 +24,7 @@ from typing import Any
 import jax
 
 from pallas_kernels.bench import products, report, rows
-from pallas_kernels.bench.case import chosen
+from pallas_kernels.bench.case import BACKWARD, chosen
 from pallas_kernels.bench.run import Row, rows_of
 
 CASES = {
@@ -73,12 +73,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         names = sorted({case.name for op in ops for case in CASES[op](False)})
         parser.error(f"no case begins with {args.shapes}; there are {', '.join(names)}")
     cases = real if on_gpu else [case for op in ops for case in chosen(CASES[op](True), args.shapes)]
+    if variants:
+        # A backward pass alone is another function than the op.
+        real, cases = ([case for case in some if BACKWARD not in case.timed] for some in (real, cases))
     print(report.title(), flush=True)
     measured: list[Row] = []
     for row in rows_of(cases, variants, on_gpu=on_gpu, real_cases=real, with_gradient=not args.forward):
         measured.append(row)
         print(report.line(row), flush=True)
-    if args.sweep:
+    if args.sweep and on_gpu:
         _print_winners(measured, variants)
     if args.json is not None:
         report.write_json(args.json, measured)

@@ -115,8 +115,9 @@ def decoded(group: Group, x: Array) -> tuple[Array, Array]:
     """All weights as one [sum of N, K] in x's dtype, and x."""
     weights, x = _tied(group, x)
     alone = [w.picked() if isinstance(w, NF4Layer) else w for w in weights]
-    packed = [isinstance(w, NF4Tensor) for w in alone]
-    matrices = [dequantize(w, x.dtype, "xla") if p else w.astype(x.dtype) for w, p in zip(alone, packed, strict=True)]
+    matrices = [
+        jnp.asarray(dequantize(w, x.dtype, "xla")) if isinstance(w, NF4Tensor) else w.astype(x.dtype) for w in alone
+    ]
     return matrices[0] if len(matrices) == 1 else jnp.concatenate(matrices), x
 
 

@@ -75,10 +75,10 @@ def decode_into(
             shape = (tile_rows, per_tile_row)
             in_rows, in_columns = (jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
             nested_index = ((row + in_rows) * per_row + column // block + in_columns) // stack.nested_block_size
-            scales = _decoded_scales(stack, layer, scales, nested_index.reshape(per_tile), rest)
+            scales = decoded_scales(stack, layer, scales, nested_index.reshape(per_tile), rest)
         high, low = plt.load(table_ref.at[codes >> 4]), plt.load(table_ref.at[codes & 15])
         values = jnp.stack([high * scales[:, None], low * scales[:, None]], axis=-1)
-        weights = _rounded(values, stack.dtype).astype(dtype).reshape(tile_rows, tile_columns)
+        weights = rounded(values, stack.dtype).astype(dtype).reshape(tile_rows, tile_columns)
         plt.store(out_ref.at[pl.ds(first_row + row, tile_rows), pl.ds(column, tile_columns)], weights)
 
     operands = [jnp.reshape(t.index, (1,)), stack.codes.reshape(-1, n, k // 2), stack.absmax.reshape(-1, n, per_row)]
@@ -101,15 +101,15 @@ def decode_into(
     )(*operands)
 
 
-def _decoded_scales(stack: NF4Tensor, layer: Array, codes: Array, nested_index: Array, refs: Any) -> Array:
+def decoded_scales(stack: NF4Tensor, layer: Array, codes: Array, nested_index: Array, refs: Any) -> Array:
     """Double quantisation undone: what decode_scales of reference.py does, on one tile."""
     map_ref, nested_ref, offset_ref = refs[:3]
     product = plt.load(map_ref.at[codes.astype(jnp.int32)]) * plt.load(nested_ref.at[layer, nested_index])
     # Changes no finite value, but keeps product and sum from becoming one FMA: the format rounds in between.
     product = jnp.maximum(product, np.finfo(np.float32).min)
     offset = plt.load(offset_ref.at[layer])
-    rounded = _rounded(product, stack.nested_dtype) + _rounded(offset, stack.nested_dtype)
-    return _rounded(rounded, stack.nested_dtype)
+    total = rounded(product, stack.nested_dtype) + rounded(offset, stack.nested_dtype)
+    return rounded(total, stack.nested_dtype)
 
 
 def _power_of_two_divisor(n: int, limit: int) -> int:
@@ -117,5 +117,6 @@ def _power_of_two_divisor(n: int, limit: int) -> int:
     return min(n & -n, limit)
 
 
-def _rounded(values: Array, dtype: str) -> Array:
+def rounded(values: Array, dtype: str) -> Array:
+    """float32 values rounded to what `dtype` holds, as float32."""
     return values if dtype == "float32" else values.astype(dtype).astype(jnp.float32)

@@ -10,10 +10,10 @@ from jaxtyping import Float
 
 from pallas_kernels._dispatch import choose
 from pallas_kernels.nf4 import NF4Tensor
-from pallas_kernels.nf4_matmul import xla
+from pallas_kernels.nf4_matmul import triton, xla
 
-_FORWARD = {"xla": xla.nf4_matmul_xla}
-_BACKWARD = {"xla": xla.nf4_matmul_transposed_xla}
+_FORWARD = {"triton": triton.nf4_matmul_triton, "xla": xla.nf4_matmul_xla}
+_BACKWARD = {"triton": triton.nf4_matmul_transposed_triton, "xla": xla.nf4_matmul_transposed_xla}
 
 
 def nf4_matmul(x: Float[Array, "*M K"], w: NF4Tensor, implementation: str | None = None) -> Float[Array, "*M N"]:
@@ -24,7 +24,7 @@ def nf4_matmul(x: Float[Array, "*M K"], w: NF4Tensor, implementation: str | None
     Args:
         x: [..., K], bfloat16, float16 or float32; products are of this dtype, sums are float32.
         w: one packed weight of shape (N, K). For a stack of layers, scan over it.
-        implementation: "xla", or None to choose.
+        implementation: "triton", "xla", or None to choose.
 
     Returns:
         [..., N] in x's dtype.
@@ -37,7 +37,8 @@ def nf4_matmul(x: Float[Array, "*M K"], w: NF4Tensor, implementation: str | None
         raise ValueError(f"nf4_matmul: w is a stack {w.stack_shape} of weights; take one, or scan over the stack")
     if x.ndim == 0 or x.shape[-1] != w.shape[1]:
         raise ValueError(f"nf4_matmul: x {x.shape} must end in {w.shape[1]}, the width of the weight {w.shape}")
-    return _matmul(x, w, choose("nf4_matmul", implementation, {"xla": lambda: xla.unsupported_reason(x, w)}))
+    candidates = {"triton": lambda: triton.unsupported_reason(x, w), "xla": lambda: xla.unsupported_reason(x, w)}
+    return _matmul(x, w, choose("nf4_matmul", implementation, candidates))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

@@ -1,0 +1,75 @@
+"""Products with a packed weight through Triton's interpreter, against float64, at every way they are computed."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels._device import lower_for_cuda
+from pallas_kernels._triton import interpreted
+from pallas_kernels.nf4 import NF4Layer, dequantize, quantize
+from pallas_kernels.nf4_matmul import nf4_matmul
+from pallas_kernels.nf4_matmul.reference import nf4_matmul_reference
+from pallas_kernels.nf4_matmul.triton import FUSED_ROWS, can_fuse, fused_product
+
+# (rows of x, out, in, block, double quantisation): one row, few, more than are fused; sizes that no tile divides.
+CASES = [(1, 37, 192, 64, True), (1, 24, 1024, 64, False), (5, 70, 192, 64, True), (16, 64, 256, 128, True)]
+CASES += [(33, 130, 64, 64, True), (FUSED_ROWS, 8, 128, 32, False), (FUSED_ROWS + 1, 70, 192, 64, True)]
+
+
+def draw(m: int, n: int, k: int, dtype: str, **kwargs: object) -> tuple[jax.Array, jax.Array, object]:
+    rng = np.random.default_rng(m + n + k)
+    w = rng.standard_normal((n, k), np.float32) / np.float32(k**0.5)
+    x, dy = (jnp.asarray(rng.standard_normal(shape), dtype) for shape in ((m, k), (m, n)))
+    return x, dy, quantize(jnp.asarray(w, dtype), **kwargs)
+
+
+def value_and_dx(x: jax.Array, w: object, dy: jax.Array, implementation: str) -> tuple[np.ndarray, ...]:
+    y, pull = jax.vjp(lambda x: nf4_matmul(x, w, implementation), x)
+    return tuple(np.asarray(v, np.float64) for v in (y, pull(dy)[0]))
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "k", "block", "double_quant", "dtype"),
+    [(*case, "bfloat16") for case in CASES] + [(*CASES[0], "float32"), (*CASES[2], "float16"), (*CASES[2], "float32")],
+)
+def test_as_good_as_the_reference(m: int, n: int, k: int, block: int, double_quant: bool, dtype: str) -> None:
+    x, dy, w = draw(m, n, k, dtype, block_size=block, double_quant=double_quant)
+    weight = np.asarray(dequantize(w), np.float64)
+    truth = np.asarray(x, np.float64) @ weight.T, np.asarray(dy, np.float64) @ weight
+    with interpreted():
+        got = value_and_dx(x, w, dy, "triton")
+    reference = np.asarray(nf4_matmul_reference(x, w), np.float64), value_and_dx(x, w, dy, "xla")[1]
+    for ours, theirs, true in zip(got, reference, truth, strict=True):
+        # float32 sums of up to 192 products of about unit size in all, in any order
+        limit = 1.5 * np.linalg.norm(theirs - true) + 1e-6 * np.linalg.norm(true)
+        assert np.linalg.norm(ours - true) <= limit
+
+
+@pytest.mark.parametrize("m", [1, 7])
+def test_one_layer_of_a_stack(m: int) -> None:
+    rng = np.random.default_rng(5)
+    stack = quantize(jnp.asarray(rng.standard_normal((3, 40, 128)), jnp.bfloat16))
+    x = jnp.asarray(rng.standard_normal((m, 128)), jnp.bfloat16)
+    with interpreted():
+        y = fused_product(x, NF4Layer(stack, jnp.int32(2)))
+    expected = nf4_matmul_reference(x, jax.tree.map(lambda leaf: leaf[2], stack))
+    np.testing.assert_allclose(np.asarray(y, np.float32), np.asarray(expected, np.float32), rtol=2.0**-7, atol=1e-2)
+
+
+@pytest.mark.parametrize("m", [1, 16, FUSED_ROWS, 256])
+@pytest.mark.parametrize("shape", [(14336, 4096), (1536, 576), (1025, 1024)])
+def test_lowers_to_cuda(shape: tuple[int, int], m: int) -> None:
+    w = jax.eval_shape(quantize, jax.ShapeDtypeStruct(shape, jnp.bfloat16))
+    x = jax.ShapeDtypeStruct((m, shape[1]), jnp.bfloat16)
+    text = lower_for_cuda(lambda x, w: nf4_matmul(x, w, "triton"), x, w)
+    assert ("nf4_decode" in text) == (m > FUSED_ROWS)
+
+
+def test_float32_rows_are_not_multiplied_on_tensor_cores() -> None:
+    w = quantize(jnp.ones((8, 128)))
+    assert can_fuse(jnp.ones((1, 128)), w)
+    assert not can_fuse(jnp.ones((2, 128)), w)
+    assert can_fuse(jnp.ones((2, 128), jnp.bfloat16), w)
