@@ -23,7 +23,7 @@ from typing import Any
 
 import jax
 
-from pallas_kernels.bench import products, report, rows
+from pallas_kernels.bench import products, report, rows, timing
 from pallas_kernels.bench.case import BACKWARD, chosen
 from pallas_kernels.bench.run import Row, rows_of
 
@@ -76,15 +76,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if variants:
         # A backward pass alone is another function than the op.
         real, cases = ([case for case in some if BACKWARD not in case.timed] for some in (real, cases))
+    ceilings = timing.ceilings() if on_gpu else None
+    if ceilings is not None:
+        print(f"ceilings: {ceilings[0] / 1e12:.2f} TB/s, {ceilings[1] / 1e12:.0f} TFLOP/s in bfloat16", flush=True)
     print(report.title(), flush=True)
     measured: list[Row] = []
-    for row in rows_of(cases, variants, on_gpu=on_gpu, real_cases=real, with_gradient=not args.forward):
+    for row in rows_of(cases, variants, ceilings=ceilings, real_cases=real, with_gradient=not args.forward):
         measured.append(row)
         print(report.line(row), flush=True)
     if args.sweep and on_gpu:
         _print_winners(measured, variants)
     if args.json is not None:
-        report.write_json(args.json, measured)
+        report.write_json(args.json, measured, ceilings)
     if args.plot is not None:
         report.plot(args.plot, measured)
     if not on_gpu:

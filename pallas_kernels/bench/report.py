@@ -34,12 +34,13 @@ def title() -> str:
     return f"{head} {'us':>10} {'':<8} {'rate':>12} {'roof':>5} {'temp MiB':>9}"
 
 
-def write_json(path: Path, rows: list[Row]) -> None:
-    """Rows, device, versions, date and commit. An existing file keeps the rows of other systems."""
+def write_json(path: Path, rows: list[Row], ceilings: tuple[float, float] | None) -> None:
+    """Rows, device, ceilings, versions, date and commit. An existing file keeps the rows of other systems."""
     others = []
     if path.exists():
         others = [row for row in json.loads(path.read_text())["rows"] if row["system"] != Row.system]
-    data = _header() | {"rows": [dataclasses.asdict(row) for row in rows] + others}
+    reached = None if ceilings is None else {"bytes_per_s": ceilings[0], "bf16_flop_per_s": ceilings[1]}
+    data = _header() | {"ceilings": reached, "rows": [dataclasses.asdict(row) for row in rows] + others}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(data, indent=1) + "\n")
 

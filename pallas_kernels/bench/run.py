@@ -63,7 +63,7 @@ def rows_of(
     cases: list[Case],
     extra: dict[str, Callable[..., Any]],
     *,
-    on_gpu: bool,
+    ceilings: tuple[float, float] | None,
     real_cases: list[Case],
     with_gradient: bool = True,
 ) -> Iterator[Row]:
@@ -72,17 +72,17 @@ def rows_of(
     Args:
         cases: what is checked, and on a GPU timed.
         extra: functions of the op's signature, beside the op's own implementations.
-        on_gpu: else kernels run in the interpreter and nothing is timed.
+        ceilings: of the GPU at hand, as `timing.ceilings` gives them; with None kernels run in the interpreter and
+            nothing is timed.
         real_cases: the cases in their real shapes, in the same order: without a GPU they are lowered for one.
         with_gradient: off for functions that have none.
     """
-    ceilings = timing.ceilings() if on_gpu else (1.0, 1.0)
     if not with_gradient:
         cases, real_cases = ([_forward_only(case) for case in some] for some in (cases, real_cases))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        prepared = [_prepare(pool, case, case.candidates() | extra, on_gpu, ceilings) for case in cases]
+        prepared = [_prepare(pool, case, case.candidates() | extra, ceilings) for case in cases]
         for one, real in zip(prepared, real_cases, strict=True):
-            yield from _rows_of_case(one, on_gpu, ceilings, real)
+            yield from _rows_of_case(one, ceilings, real)
             one.programs.clear()
 
 
@@ -94,8 +94,7 @@ def _prepare(
     pool: ThreadPoolExecutor,
     case: Case,
     candidates: dict[str, Callable[..., Any]],
-    on_gpu: bool,
-    ceilings: tuple[float, float],
+    ceilings: tuple[float, float] | None,
 ) -> _Prepared:
     """Traces all programs of a case, and begins to compile them."""
     key = jax.eval_shape(lambda: jax.random.key(0))
@@ -115,10 +114,12 @@ def _prepare(
     programs["errors"] = _compiled(pool, relative_errors, *checked)
     prepared = _Prepared(case, candidates, shapes, results, cotangent, programs)
     for name, f in candidates.items():
-        with contextlib.nullcontext() if on_gpu else interpreted():
+        with interpreted() if ceilings is None else contextlib.nullcontext():
             called = _call(case, f)
             programs["check", name] = _compiled(pool, with_gradients(called, case.wrt), shapes, cotangent)
-        for work in case.timed if on_gpu else ():
+        if ceilings is None:
+            continue
+        for work in case.timed:
             inputs, floor, _ = _least(prepared, work, ceilings)
             calls, sets = _plan(prepared, inputs, work, floor)
             run = timing.program(_timed(case, f, work), calls, case.feed)
@@ -126,7 +127,7 @@ def _prepare(
     return prepared
 
 
-def _rows_of_case(one: _Prepared, on_gpu: bool, ceilings: tuple[float, float], real: Case) -> Iterator[Row]:
+def _rows_of_case(one: _Prepared, ceilings: tuple[float, float] | None, real: Case) -> Iterator[Row]:
     case, programs = one.case, one.programs
     keys = jax.random.split(jax.random.key(7), 2)
     make = programs["make"].result()
@@ -149,10 +150,10 @@ def _rows_of_case(one: _Prepared, on_gpu: bool, ceilings: tuple[float, float], r
             note = str(refusal)
         except Exception as failure:  # noqa: BLE001 - a variant may raise anything, and one row says what
             note, wrong = _reason(failure), True
-        lowered = None if on_gpu or note is not None else _lowered(real, f)
+        lowered = _lowered(real, f) if ceilings is None and note is None else None
         for work in case.timed:
             row = Row(case.op, case.name, case.m, work, name, max_rel_err=error, note=note, wrong=wrong)
-            if note is None and on_gpu:
+            if note is None and ceilings is not None:
                 _time(row, one, name, work, ceilings, make)
             elif lowered is not None:
                 row.note, row.wrong = lowered, not lowered.startswith(LOWERED)
