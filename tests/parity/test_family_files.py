@@ -62,12 +62,7 @@ def test_packed_weights(tmp_path: Path, name: str) -> None:
     assert one.decoder == other.decoder
 
 
-# What llama.cpp has no form for is left out: a window in Mistral and Qwen2, and rotations it lacks.
-GGUF_FORMS = ["Llama, llama3 rope", "Llama, yarn rope", "Phi-3, window", "Phi-3, partial rotation"]
-GGUF_FORMS += ["Phi-3, longrope beyond its original context"]
-
-
-@pytest.mark.parametrize("name", [*(name for name in family_cases.PLAIN if name != "Mistral"), *GGUF_FORMS])
+@pytest.mark.parametrize("name", family_cases.GGUF_CASES)
 def test_gguf(tmp_path: Path, name: str) -> None:
     """Written and read back: the same logits, with norms that went through w + 1 in float32."""
     case = family_cases.CASES[name]
@@ -78,3 +73,8 @@ def test_gguf(tmp_path: Path, name: str) -> None:
     one, other = (peers.load_ours(where) for where in (tmp_path / "hf", path))
     tokens = peers.random_tokens(one.decoder.vocab_size, 1, case.tokens)
     assert peers.relative_error(peers.our_logits(other, tokens), peers.our_logits(one, tokens)) < 1e-5
+
+
+def test_readme_says_what_is_tested() -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    assert f"<!-- families: family_cases.support_table() -->\n{family_cases.support_table()}" in readme

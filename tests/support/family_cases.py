@@ -124,6 +124,38 @@ FORMS: dict[str, Case] = {
     "Phi-3, longrope, old config": Case("phi3", _LONGROPE, old=True, tokens=150),
 }
 CASES = PLAIN | FORMS
+# Forms that llama.cpp has, beside the plain ones: no window in Mistral and Qwen2, and not every rotation.
+GGUF_CASES = [name for name in PLAIN if name != "Mistral"] + [
+    "Mistral without a window",
+    "Llama, llama3 rope",
+    "Llama, yarn rope",
+    "Phi-3, window",
+    "Phi-3, partial rotation",
+    "Phi-3, longrope beyond its original context",
+]
+_MODELS = {
+    "Llama": "Llama 2, 3, 3.1 to 3.3, SmolLM2, TinyLlama, Yi",
+    "Mistral": "Mistral 7B, Nemo, Small",
+    "Qwen2": "Qwen2, Qwen2.5",
+    "Qwen3": "Qwen3, dense",
+    "Gemma": "Gemma 1",
+    "Gemma 2": "Gemma 2",
+    "Gemma 3": "Gemma 3, text",
+    "Phi-3": "Phi-3, 3.5, Phi-4",
+}
+
+
+def support_table() -> str:
+    """The README's table: per family its models, the rope scalings and forms compared, and files read and written."""
+    lines = [
+        "| family | models | forms compared | safetensors, bitsandbytes 4-bit, PEFT | GGUF |",
+        "|---|---|---|---|---|",
+    ]
+    for name in PLAIN:
+        forms = [case for case in CASES.values() if case.model_type == PLAIN[name].model_type]
+        gguf = "in, out" if name in GGUF_CASES else "in, out, without windows"
+        lines.append(f"| {name} | {_MODELS[name]} | {len(forms)} | in, out | {gguf} |")
+    return "\n".join(lines) + "\n"
 
 
 def save(directory: Path, case: Case, *, seed: int = 0, std: float = 0.15, **changes: Any) -> Any:
