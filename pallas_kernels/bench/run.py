@@ -135,7 +135,7 @@ def _rows_of_case(one: _Prepared, ceilings: tuple[float, float] | None, real: Ca
     cotangent = programs["cotangent"].result()(keys[1]) if case.wrt else None
     truth, own = (programs[name].result()(inputs, cotangent) for name in ("truth", "own"))
     like = jax.tree.leaves(own)
-    bound = bounds(programs["errors"].result()(own, truth).tolist(), [x.shape for x in like])
+    bound = bounds(programs["errors"].result()(own, truth).tolist(), like)
     for name, f in one.candidates.items():
         error, note, wrong = None, None, False
         try:
