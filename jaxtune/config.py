@@ -4,99 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import difflib
-import math
 import re
 import string
-import types
 import typing
 from typing import Any, Literal
 
+from jaxtune.config_checks import check_range, check_types, parse_bytes
 from jaxtune.errors import UserError, shown
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-_TYPE_NAMES = {
-    bool: "true or false",
-    int: "a whole number",
-    float: "a number",
-    str: "text (quote it where YAML reads it as something else)",
-}
-
-
-def nearest(name: str, known: typing.Iterable[str]) -> str | None:
-    """The known name that `name` was probably meant to be."""
-    return next(iter(difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)), None)
-
-
-def _typed(key: str, value: Any, expected: Any) -> Any:
-    """`value` as the annotated type of `key`: whole numbers become floats and lists tuples where those are expected."""
-    choices = typing.get_args(expected)
-    if isinstance(expected, types.UnionType):
-        if value is None and type(None) in choices:
-            return None
-        # What is given as a mapping or a list is meant as one, all else as the first member.
-        kinds = {dict: dict, tuple: list | tuple}
-        members = [choice for choice in choices if choice is not type(None)]
-        fitting = [choice for choice in members if isinstance(value, kinds.get(typing.get_origin(choice), ()))]
-        expected = (fitting or members)[0]
-        choices = typing.get_args(expected)
-    if expected is Any:
-        return value
-    if typing.get_origin(expected) is dict:
-        if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
-            raise UserError(f"{key} is {shown(value)}; it must be a mapping from names, such as {{name: value}}")
-        return {name: _typed(f"{key}.{name}", item, choices[1]) for name, item in value.items()}
-    if typing.get_origin(expected) is Literal:
-        if value not in choices:
-            guess = nearest(value, choices) if isinstance(value, str) else None
-            hint = f"; did you mean {guess}?" if guess else ""
-            raise UserError(f"{key} is {shown(value)}; it must be one of {', '.join(choices)}{hint}")
-        return value
-    if typing.get_origin(expected) is tuple:
-        if not isinstance(value, list | tuple):
-            raise UserError(f"{key} is {shown(value)}; it must be a list of text, such as [first, second]")
-        return tuple(_typed(f"{key}[{i}]", item, choices[0]) for i, item in enumerate(value))
-    if expected is float and isinstance(value, int) and not isinstance(value, bool):
-        try:
-            value = float(value)
-        except OverflowError as error:
-            raise UserError(f"{key} is {shown(value)}; set it to a number below 1e308") from error
-    if not isinstance(value, expected) or (isinstance(value, bool) and expected is not bool):
-        raise UserError(f"{key} is {shown(value)}, of type {type(value).__name__}; it must be {_TYPE_NAMES[expected]}")
-    if expected is int and abs(value) >= 2**32:
-        raise UserError(f"{key} is {shown(value)}; set it to a number below 2**32")
-    if expected is float and not math.isfinite(value):
-        raise UserError(f"{key} is {value}; set it to a finite number")
-    if expected is str and "\0" in value:
-        raise UserError(f"{key} is {shown(value)}; a NUL character has no place in it")
-    if expected is str and not value.strip():
-        raise UserError(f"{key} is empty; write a value, or leave the key out for its default if it has one")
-    return value
-
-
-def parse_bytes(key: str, text: str) -> int:
-    """The bytes that a text such as 12GiB, 12.5 GB or 900MiB means; `key` is what an error names."""
-    units = {"MB": 10**6, "GB": 10**9, "MIB": 2**20, "GIB": 2**30}
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([MG]i?B)", text.strip(), re.IGNORECASE)
-    if match is None or float(match[1]) == 0:
-        raise UserError(f"{key} is {shown(text)}; write a number and MiB, GiB, MB or GB, as in 12GiB")
-    return int(float(match[1]) * units[match[2].upper()])
-
-
-def _check_types(section: str, config: Any) -> None:
-    hints = typing.get_type_hints(type(config))
-    for field in dataclasses.fields(config):
-        value = _typed(f"{section}.{field.name}", getattr(config, field.name), hints[field.name])
-        object.__setattr__(config, field.name, value)
-
-
-def _check_range(section: str, config: Any, names: str, test: typing.Callable[[Any], bool], rule: str) -> None:
-    """Apply one rule to several fields, given as words; None, where the type admits it, is always in range."""
-    for name in names.split():
-        value = getattr(config, name)
-        if value is not None and not test(value):
-            raise UserError(f"{section}.{name} is {shown(value)}; set it to {rule}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +40,7 @@ class ModelConfig:
     embedding_on_host: bool = False
 
     def __post_init__(self) -> None:
-        _check_types("model", self)
+        check_types("model", self)
         packaged = self.name_or_path.startswith("package:")
         if packaged and not re.fullmatch(r"package:\w+/.+", self.name_or_path):
             raise UserError(
@@ -168,11 +84,11 @@ class LoraConfig:
     seed: int = 3407
 
     def __post_init__(self) -> None:
-        _check_types("lora", self)
-        _check_range("lora", self, "r", lambda x: x >= 1, "1 or more")
-        _check_range("lora", self, "lora_alpha", lambda x: x > 0, "more than 0 (twice lora.r is common)")
-        _check_range("lora", self, "lora_dropout", lambda x: 0 <= x < 1, "at least 0 (no dropout) and below 1")
-        _check_range("lora", self, "seed", lambda x: 0 <= x < 2**32, "at least 0 and below 2**32")
+        check_types("lora", self)
+        check_range("lora", self, "r", lambda x: x >= 1, "1 or more")
+        check_range("lora", self, "lora_alpha", lambda x: x > 0, "more than 0 (twice lora.r is common)")
+        check_range("lora", self, "lora_dropout", lambda x: 0 <= x < 1, "at least 0 (no dropout) and below 1")
+        check_range("lora", self, "seed", lambda x: 0 <= x < 2**32, "at least 0 and below 2**32")
         names = self.target_modules
         if not names:
             raise UserError(f"lora.target_modules is empty; name at least one of {', '.join(LINEARS)}")
@@ -237,9 +153,9 @@ class DataConfig:
     shuffle: bool = True
 
     def __post_init__(self) -> None:
-        _check_types("data", self)
-        _check_range("data", self, "max_length", lambda x: x >= 8, "8 tokens or more")
-        _check_range("data", self, "eval_fraction", lambda x: 0 < x < 1, "more than 0 and below 1")
+        check_types("data", self)
+        check_range("data", self, "max_length", lambda x: x >= 8, "8 tokens or more")
+        check_range("data", self, "eval_fraction", lambda x: 0 < x < 1, "more than 0 and below 1")
         if not self.sources:
             raise UserError("data.train names no source; name a file, a directory or a hub dataset")
         if isinstance(self.train, tuple) and (twice := [name for name in self.train if self.train.count(name) > 1]):
@@ -354,16 +270,16 @@ class TrainConfig:
         return self.optim.startswith("paged_")
 
     def __post_init__(self) -> None:
-        _check_types("train", self)
+        check_types("train", self)
         if self.memory_limit is not None:
             parse_bytes("train.memory_limit", self.memory_limit)
         counts = "batch_size gradient_accumulation_steps max_steps loss_chunk logging_steps eval_steps eval_answers"
-        _check_range("train", self, f"{counts} eval_answer_tokens", lambda x: x >= 1, "1 or more")
-        _check_range("train", self, "num_train_epochs learning_rate adam_epsilon", lambda x: x > 0, "more than 0")
-        _check_range("train", self, "max_grad_norm", lambda x: x > 0, "more than 0, or to null for no clipping")
-        _check_range("train", self, "warmup_steps weight_decay", lambda x: x >= 0, "0 or more")
-        _check_range("train", self, "adam_beta1 adam_beta2", lambda x: 0 <= x < 1, "at least 0 and below 1")
-        _check_range("train", self, "seed", lambda x: 0 <= x < 2**32, "at least 0 and below 2**32")
+        check_range("train", self, f"{counts} eval_answer_tokens", lambda x: x >= 1, "1 or more")
+        check_range("train", self, "num_train_epochs learning_rate adam_epsilon", lambda x: x > 0, "more than 0")
+        check_range("train", self, "max_grad_norm", lambda x: x > 0, "more than 0, or to null for no clipping")
+        check_range("train", self, "warmup_steps weight_decay", lambda x: x >= 0, "0 or more")
+        check_range("train", self, "adam_beta1 adam_beta2", lambda x: 0 <= x < 1, "at least 0 and below 1")
+        check_range("train", self, "seed", lambda x: 0 <= x < 2**32, "at least 0 and below 2**32")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -386,8 +302,8 @@ class OutputConfig:
     compile_cache: str | None = "~/.cache/jaxtune/compiled"
 
     def __post_init__(self) -> None:
-        _check_types("output", self)
-        _check_range("output", self, "save_steps save_total_limit sample_tokens", lambda x: x >= 1, "1 or more")
+        check_types("output", self)
+        check_range("output", self, "save_steps save_total_limit sample_tokens", lambda x: x >= 1, "1 or more")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -410,8 +326,8 @@ class MeshConfig:
         return self.data * self.fsdp * self.tensor * self.sequence
 
     def __post_init__(self) -> None:
-        _check_types("mesh", self)
-        _check_range("mesh", self, "data fsdp tensor sequence", lambda x: x >= 1, "1 or more devices")
+        check_types("mesh", self)
+        check_range("mesh", self, "data fsdp tensor sequence", lambda x: x >= 1, "1 or more devices")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,8 @@ from typing import Any
 
 import yaml
 
-from jaxtune.config import RunConfig, nearest
+from jaxtune.config import RunConfig
+from jaxtune.config_checks import nearest
 from jaxtune.errors import UserError, shown
 
 DATA_SUFFIXES = (".json", ".jsonl", ".parquet", ".csv", ".tsv", ".txt", ".arrow")

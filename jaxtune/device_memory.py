@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from jaxtune.config import parse_bytes
+from jaxtune.config_checks import parse_bytes
 from jaxtune.devices import CONTEXT_BYTES
 from jaxtune.environment import nvidia_smi
 from jaxtune.errors import UserError

@@ -27,7 +27,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from jaxtune.charts import SERIES_CLASSES, line_chart
-from jaxtune.config import RunConfig, parse_bytes
+from jaxtune.config import RunConfig
+from jaxtune.config_checks import parse_bytes
 from jaxtune.config_io import check_files, fingerprint, list_values, load_config
 from jaxtune.errors import UserError
 from jaxtune.metrics import format_bytes, read_metrics

@@ -25,8 +25,9 @@ MAY_IMPORT = {
     "pallas_kernels": "pallas_kernels jax numpy jaxtyping",
     "convert": "convert pallas_kernels.nf4 numpy ml_dtypes safetensors gguf tokenizers transformers jinja2 orbax"
     " jaxtyping",
-    "jaxtune.config": "jaxtune.errors",
-    "jaxtune.config_io": "jaxtune.config jaxtune.errors yaml",
+    "jaxtune.config": "jaxtune.config_checks jaxtune.errors",
+    "jaxtune.config_checks": "jaxtune.errors",
+    "jaxtune.config_io": "jaxtune.config jaxtune.config_checks jaxtune.errors yaml",
     "jaxtune.command": "jaxtune.config_io jaxtune.errors",
     "jaxtune.data": "jaxtune.data jaxtune.config jaxtune.errors numpy jaxtyping datasets transformers jinja2 grain",
     "jaxtune.data.__main__": "jaxtune.data jaxtune.config jaxtune.config_io jaxtune.errors jaxtune.loading rich",

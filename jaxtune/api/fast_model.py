@@ -14,7 +14,8 @@ from jaxtune.api.foreign import Foreign, ignored, refused, settle
 from jaxtune.api.model import Model
 from jaxtune.api.tokenizer import on_host
 from jaxtune.base import find_base
-from jaxtune.config import LINEARS, LoraConfig, ModelConfig, TrainConfig, parse_bytes
+from jaxtune.config import LINEARS, LoraConfig, ModelConfig, TrainConfig
+from jaxtune.config_checks import parse_bytes
 from jaxtune.device_memory import check_limit, limit_memory
 from jaxtune.errors import UserError, shown
 from jaxtune.generate import base_of, load_adapter

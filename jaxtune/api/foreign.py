@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from jaxtune.config import nearest
+from jaxtune.config_checks import nearest
 from jaxtune.errors import UserError, shown
 
 

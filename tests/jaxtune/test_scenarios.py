@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from jaxtune import plan
-from jaxtune.config import parse_bytes
+from jaxtune.config_checks import parse_bytes
 from jaxtune.config_io import check_files, load_config
 
 ROOT = Path(__file__).parents[2]
