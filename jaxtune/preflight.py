@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -16,7 +17,8 @@ from jaxtune.models.config import DecoderConfig
 def check_devices(mesh: MeshConfig) -> None:
     """Raise UserError where the mesh asks for more devices than there are."""
     if mesh.devices > len(jax.devices()):
-        raise UserError(f"mesh asks for {mesh.devices} devices, this machine has {len(jax.devices())}; lower mesh.data")
+        axes = " or ".join(f"mesh.{axis}" for axis, size in dataclasses.asdict(mesh).items() if size > 1)
+        raise UserError(f"mesh asks for {mesh.devices} devices, this machine has {len(jax.devices())}; lower {axes}")
 
 
 def check_vocabulary(datasets: Sequence[Dataset], prompts: Mapping[str, list[int]], decoder: DecoderConfig) -> None:

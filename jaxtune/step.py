@@ -218,6 +218,7 @@ def jit_train_step(
 ) -> Callable[[TrainState, Tree, Batch], tuple[TrainState, dict[str, Array]]]:
     """`train_step` compiled for the mesh (or, for an abstract one, to be traced); the state's buffers are donated."""
     step: Any = partial(train_step, optimizer=optimizer, config=config)
+    assert (mesh.size == 1) == (config.parts is None), (mesh, config.parts)
     out: Any = None
     if isinstance(mesh, Mesh) and config.parts is None:
         out = state_sharding(mesh, paged=config.paged), replicated(mesh)

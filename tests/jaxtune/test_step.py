@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -267,47 +264,3 @@ def test_logits_are_not_held() -> None:
     growth = temporaries("full", layers=2, vocab=8192) - temporaries("full", layers=2, vocab=4096)
     chunk_logits, all_logits = 4 * 16 * 4096, 4 * 128 * 4096
     assert growth < 4 * chunk_logits < all_logits
-
-
-TWO_DEVICES = """
-import json, sys
-import jax, jax.numpy as jnp, numpy as np, optax
-from jaxtune.config import LoraConfig
-from jaxtune.linear import Adaptation
-from jaxtune.step import StepConfig, batch_sharding, init_state, jit_train_step, make_mesh, replicated
-from tiny import accumulated, decoder_config, frozen_tree, lora_tree, packed_batch, random_documents
-decoder = decoder_config()
-batch = accumulated(packed_batch(decoder, random_documents(decoder, [40, 33, 21, 38]), rows=4, length=40))
-curves = []
-for devices in (1, 2):
-    mesh, optimizer = make_mesh(data=devices), optax.adam(1e-2)
-    frozen = jax.device_put(frozen_tree(decoder), replicated(mesh))
-    lora = lora_tree(decoder, LoraConfig(r=4, lora_alpha=8))
-    state = jax.device_put(init_state(lora, optimizer, 0, jnp.float32), replicated(mesh))
-    step = jit_train_step(optimizer, StepConfig(decoder, Adaptation(2.0), jnp.float32), mesh)
-    placed = jax.device_put(batch, batch_sharding(mesh))
-    losses = []
-    for _ in range(4):
-        state, metrics = step(state, frozen, placed)
-        losses.append(float(metrics["loss"]))
-    curves.append(losses)
-    shards = len(placed["tokens"].sharding.device_set)
-    assert shards == devices and step._cache_size() == 1, (shards, step._cache_size())
-print(json.dumps(curves))
-"""
-
-
-def test_two_devices_give_the_curve_of_one() -> None:
-    environment = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
-    run = subprocess.run(
-        [sys.executable, "-c", TWO_DEVICES],
-        env={"PYTHONPATH": ":".join(sys.path), **environment},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr[-2000:]
-    one, two = json.loads(run.stdout.splitlines()[-1])
-    assert one[-1] < one[0]
-    np.testing.assert_allclose(two, one, rtol=1e-5)

@@ -15,7 +15,9 @@ PROGRAM = Path(__file__).with_name("mesh_program.py")
 
 
 def computed(what: str) -> dict[str, Any]:
-    environment = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    # What these programs take is compiled, not computed.
+    flags = "--xla_force_host_platform_device_count=8 --xla_llvm_disable_expensive_passes=true"
+    environment = {"XLA_FLAGS": f"{flags} --xla_backend_optimization_level=0", "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(
         [sys.executable, PROGRAM, what],
         env={"PYTHONPATH": ":".join(sys.path), **environment},
