@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jax
 
+from jaxtune.config_checks import parse_bytes
 from jaxtune.errors import UserError
 
 # What CUDA, cuBLAS, cuDNN and the compiled programs hold beside JAX's allocator. An allowance, not a measurement.
@@ -41,6 +42,13 @@ class Device:
         if self.allocator is not None:
             return self.allocator
         return self.memory - (CONTEXT_BYTES if self.capability is not None else 0)
+
+    def limited(self, limit: str | None) -> Device:
+        """The device to a run with this `train.memory_limit`."""
+        if limit is None:
+            return self
+        most = parse_bytes("train.memory_limit", limit) - (CONTEXT_BYTES if self.capability is not None else 0)
+        return dataclasses.replace(self, allocator=min(self.usable, max(0, most)))
 
     @property
     def compute_dtype(self) -> str:

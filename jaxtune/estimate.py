@@ -109,9 +109,10 @@ class Memory:
         return self.estimate if self.compiled is None else self.compiled
 
     def fits(self, device: Device) -> bool:
-        """Whether a device has as much; of the host's memory only where that is the device's own."""
-        taken = self.peak + (self.host if device.shared else 0)
-        return taken <= device.usable
+        """Whether a device has as much; of the host's memory only where that is the device's own, which a limit of what
+        the run takes of its GPU leaves out."""
+        whole = dataclasses.replace(device, allocator=None).usable
+        return self.peak <= device.usable and (not device.shared or self.peak + self.host <= whole)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -155,6 +155,7 @@ def make_plan(
     Raises:
         UserError: the model's family is not supported, or its config is incomplete.
     """
+    device = device.limited(config.train.memory_limit)
     dtype = _dtype(config, device)
     model = measure_model(config, hf_config, dtype)
     candidates = _candidates(config, model, device, dtype)

@@ -16,7 +16,7 @@ from runs import save_model
 
 from jaxtune import plan, planning
 from jaxtune.config import DataConfig, LoraConfig, ModelConfig, OutputConfig, RunConfig, TrainConfig
-from jaxtune.devices import SHEETS, sheet
+from jaxtune.devices import CONTEXT_BYTES, SHEETS, sheet
 from jaxtune.errors import UserError
 from jaxtune.estimate import estimate_memory, largest, measure_model, step_seconds
 from jaxtune.loading import load_model, read_hf_config, resolve_source
@@ -252,6 +252,16 @@ def test_auto_compiles_what_may_fit_from_fast_to_lean() -> None:
         "rtx-3090": "selective",
         "t4": "full",
     }
+
+
+def test_memory_limit_holds_on_every_device() -> None:
+    config = run_config(4, 2048, train={"remat": "auto", "memory_limit": "24GiB"})
+    made = planning.make_plan(config, MODELS["8b"], sheet("h200"), survey=False)
+    assert made.policy == "selective"
+    assert made.device.usable == 24 * GIB - CONTEXT_BYTES
+    more_than_it_has = run_config(train={"memory_limit": "900GiB"})
+    unlimited = planning.make_plan(more_than_it_has, MODELS["8b"], sheet("t4"), survey=False)
+    assert unlimited.device.usable == sheet("t4").usable
 
 
 def test_a_run_that_cannot_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
