@@ -97,6 +97,8 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     try:
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
         config = {**families.get(config["model_type"]).defaults, **config}
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{path / 'config.json'}: it is no valid JSON ({error}); take the model's own file") from error
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path / 'config.json'}: it states no model_type; take the model's own file") from error
     bnb4bit.is_quantized(config)

@@ -24,6 +24,8 @@ CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 
+# Keys of rank_pattern and alpha_pattern: regular expressions of a kind that cannot take long.
+_MODULES = r"\^?(?:[\w.]|\\\.|\\d\+|\.\*|\[[\w-]+\])+\$?"
 # The fields whose other values would make an adapter compute something else than B A x.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
@@ -261,10 +263,11 @@ def load_adapter(
             raise NotImplementedError(
                 f"{directory / CONFIG_NAME}: {field} is {config[field]!r}; only plain LoRA is read"
             )
+    own_ranks, own_alphas = (_pattern(directory / CONFIG_NAME, config, f"{name}_pattern") for name in ("rank", "alpha"))
     model = SafetensorsModel([directory / WEIGHTS_NAME])
     tensors = {name: model.read(name) for name in model.infos}
     stated = {
-        name: int(_of_module(config.get("rank_pattern"), name, rank))
+        name: int(_of_module(own_ranks, name, rank))
         for name, tensor in tensors.items()
         if name.endswith((".lora_A.weight", ".lora_B.weight")) and tensor.ndim == 2
     }
@@ -276,7 +279,7 @@ def load_adapter(
         raise ValueError(f"{directory}: {CONFIG_NAME} says {what}, the tensors have ranks {found} ({wrong[0]})")
     factor = alpha / _divisor(config, rank)
     for name, own_rank in ranks.items():
-        own_factor = float(_of_module(config.get("alpha_pattern"), name, alpha)) / _divisor(config, own_rank)
+        own_factor = float(_of_module(own_alphas, name, alpha)) / _divisor(config, own_rank)
         if ".lora_B." in name and not math.isclose(own_factor, factor, rel_tol=1e-9):
             tensors[name] = tensors[name].astype(np.float32) * np.float32(own_factor / factor)
     try:
@@ -311,10 +314,27 @@ def _patterns(
     }
 
 
-def _of_module(pattern: Mapping[str, Any] | None, name: str, default: Any) -> Any:
+def _pattern(path: Path, config: Mapping[str, Any], field: str) -> dict[str, float]:
+    """rank_pattern or alpha_pattern, checked: a file from elsewhere must not bring an expression that runs for ever."""
+    pattern = config.get(field) or {}
+    if not isinstance(pattern, dict) or not all(
+        isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > 0
+        for value in pattern.values()
+    ):
+        raise ValueError(f"{path}: {field} is no mapping from modules to numbers above 0; save the adapter again")
+    for key in pattern:
+        if not re.fullmatch(_MODULES, key) or key.count("*") > 2:
+            raise NotImplementedError(
+                f"{path}: {field} has the key {key[:80]!r}; names of modules are read, with [0-9], \\d+ and up to two "
+                "of .* in them"
+            )
+    return pattern
+
+
+def _of_module(pattern: Mapping[str, Any], name: str, default: Any) -> Any:
     """What a pattern states for the module of a tensor: PEFT's keys are regular expressions of how its name ends."""
     module = name.removeprefix(_PREFIX).rsplit(".", 2)[0]
-    found = (value for key, value in (pattern or {}).items() if re.match(rf"(.*\.)?({key})$", module))
+    found = (value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", module))
     return next(found, default)
 
 

@@ -267,3 +267,20 @@ def test_nothing_is_overwritten_or_left_half_done(tmp_path: Path) -> None:
         "adapter_model.safetensors",
     ]
     assert sio.SafetensorsModel([tmp_path / "a" / adapters.WEIGHTS_NAME]).infos
+
+
+@pytest.mark.parametrize(
+    ("pattern", "error", "message"),
+    [
+        (7, ValueError, "rank_pattern is no mapping"),
+        ({"q_proj": "8"}, ValueError, "rank_pattern is no mapping"),
+        ({"q_proj": float("nan")}, ValueError, "rank_pattern is no mapping"),
+        ({"(a+)+$": 8}, NotImplementedError, "names of modules are read"),
+        ({".*.*.*.*": 8}, NotImplementedError, "names of modules are read"),
+    ],
+)
+def test_patterns_are_checked(tmp_path: Path, pattern: Any, error: type[Exception], message: str) -> None:
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 4, "rank_pattern": pattern}))
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"")
+    with pytest.raises(error, match=message):
+        adapters.load_adapter(tmp_path)
