@@ -50,7 +50,8 @@ def true_linear(x: Any, group: tuple[Projection, ...], keep: list[Any] | None = 
     """The definition in float64; `keep` is each member's dropout factor."""
     parts = []
     for i, p in enumerate(group):
-        y = x @ jnp.asarray(dequantize(p.weight, implementation="xla"), jnp.float64).T + (0 if p.bias is None else p.bias)
+        weight = jnp.asarray(dequantize(p.weight, implementation="xla"), jnp.float64)
+        y = x @ weight.T + (0 if p.bias is None else p.bias)
         if p.lora_a is not None:
             y = y + SCALING * ((x if keep is None else x * keep[i]) @ p.lora_a.T) @ p.lora_b.T
         parts.append(y)
