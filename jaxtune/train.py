@@ -209,8 +209,8 @@ def fit(
         return values
 
     def sample(when: str) -> None:
+        whole = embedding.whole() if prompts and embedding is not None else frozen
         for prompt, ids in prompts.items():
-            whole = frozen if embedding is None else embedding.whole()
             text = answer(whole, state.lora, base.tokenizer, ids, step_config, output.sample_tokens)
             progress.note(f"[{when}] {prompt}\n    {text}")
             metrics.write(int(state.step), sample=when, prompt=prompt, answer=text)
