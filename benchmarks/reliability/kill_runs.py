@@ -22,20 +22,15 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests" / "support"))
 
+from compared import computed, saved_state  # noqa: E402
 from runs import COLOURS, RUN, question, save_model, save_records  # noqa: E402
 
 from jaxtune.checkpoint import Checkpoints  # noqa: E402
-from jaxtune.metrics import read_metrics  # noqa: E402
-
-# What tells of time and machine, and not of what was computed.
-TIMINGS = ("step_seconds", "tokens_per_second", "device_bytes", "host_bytes", "mfu")
-OF_A_START = ("frozen_bytes", "versions", "compiled_bytes")
 
 
 def write_run(directory: Path, steps: int) -> Path:
@@ -63,12 +58,6 @@ def command(config: Path, output: Path) -> list[str]:
     ]
 
 
-def computed(output: Path) -> list[dict[str, Any]]:
-    """The metrics without timings and without what each start writes of itself."""
-    records = [record for record in read_metrics(output / "metrics.jsonl") if not record.keys() & set(OF_A_START)]
-    return [{name: value for name, value in record.items() if name not in TIMINGS} for record in records]
-
-
 def differences(output: Path, undisturbed: Path, steps: int) -> list[str]:
     """What of the two runs' ends is not the same to the bit."""
     found = []
@@ -79,25 +68,18 @@ def differences(output: Path, undisturbed: Path, steps: int) -> list[str]:
         json.loads((path / "checkpoints" / str(steps) / "meta.json").read_text())["record"]
         for path in (output, undisturbed)
     ]
-    # The optimizer's arrays are compared through the checksums of what holds them, the data's position by value.
     for path in (output, undisturbed):
         Checkpoints(path / "checkpoints").verify(steps)
-    states = [_arrays(path / "checkpoints" / str(steps)) for path in (output, undisturbed)]
-    found += [name for name in states[1] if not np.array_equal(states[0].get(name), states[1][name])]
+    states = [
+        {array_name: array.tobytes() for array_name, array in saved_state(path, steps).items()}
+        for path in (output, undisturbed)
+    ]
+    found += [array_name for array_name in states[1] if states[0].get(array_name) != states[1][array_name]]
     if records[0]["meta"]["data_position"] != records[1]["meta"]["data_position"]:
         found.append("position in the data")
     if computed(output) != computed(undisturbed):
         found.append("metrics")
     return found
-
-
-def _arrays(checkpoint: Path) -> dict[str, np.ndarray]:
-    import orbax.checkpoint as ocp
-    from flax.traverse_util import flatten_dict
-
-    with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
-        tree = flatten_dict(checkpointer.restore(checkpoint / "state"), sep="/")
-    return {name: np.frombuffer(np.asarray(array).tobytes(), np.uint8) for name, array in tree.items()}
 
 
 def moment(output: Path) -> str:

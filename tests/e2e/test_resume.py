@@ -10,17 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
-from flax.traverse_util import flatten_dict
+from compared import computed, saved_state
 from runs import Command, Main, WriteRun, save_model
 
 from jaxtune.config_io import dump_yaml, load_config
-from jaxtune.metrics import read_metrics
 from jaxtune.run_directory import RunDirectory
 
-# What tells of time and machine, and not of what was computed.
-TIMINGS = ("step_seconds", "tokens_per_second", "device_bytes", "host_bytes", "mfu")
 # The process dies when steps 4 and 5 are in the metrics and in no checkpoint.
 DIE_AFTER_STEP_5 = """
 import os, signal, sys
@@ -45,18 +41,6 @@ CONSTANT: dict[str, dict[str, Any]] = {
     "train": {"lr_scheduler_type": "constant", "max_steps": 4},
     "output": {"sample_prompts": ["What colour is coal?"]},
 }
-
-
-def computed(output: Path) -> list[dict[str, Any]]:
-    """The metrics without timings, and without the records that each start of the program makes of itself."""
-    read = read_metrics(output / "metrics.jsonl")
-    records = [record for record in read if not record.keys() & {"frozen_bytes", "versions", "compiled_bytes"}]
-    return [{name: value for name, value in record.items() if name not in TIMINGS} for record in records]
-
-
-def saved_state(output: Path, step: int) -> dict[str, np.ndarray]:
-    with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
-        return flatten_dict(checkpointer.restore(output / "checkpoints" / str(step) / "state"), sep="/")
 
 
 def assert_same_end(output: Path, other: Path, step: int) -> None:

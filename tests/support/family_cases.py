@@ -7,26 +7,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import peers
 import torch
 import transformers
 
-# Widths that are multiples of nothing in particular, four query heads on two of keys and values, heads not D / N wide.
-SIZES: dict[str, Any] = {
-    "vocab_size": 101,
-    "hidden_size": 44,
-    "intermediate_size": 76,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 14,
-    "max_position_embeddings": 256,
-    "rms_norm_eps": 1e-5,
-    "tie_word_embeddings": False,
-    # Defaults of families lie beyond so small a vocabulary.
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+# Defaults of families lie beyond so small a vocabulary.
+SIZES: dict[str, Any] = peers.SIZES | {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 # Rows of whole blocks of 64: what bitsandbytes' generic code decodes rightly, and fused matrices are cut at.
 BLOCK_SIZES: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
 _GEMMA = ("gemma", "gemma2", "gemma3_text")
