@@ -110,6 +110,8 @@ class DataConfig:
     train_split, eval_split: the split within each source; `train[:90%]` is a part of one.
     streaming: take hub datasets as they are read, without a copy on the disk, and no further than a split such as
         `train[:10000]` says.
+    tokens_dir: directory for the tokens of sets larger than memory, in a file that goes with the process; None holds
+        them in memory.
     eval_fraction: share of the training records to hold out instead; equal records stay together.
     form: instruction (instruction/input/output, "alpaca"), messages (role/content), sharegpt (conversations of
         from/value), completion (prompt/completion), text, tokens (input_ids, labels), or format; auto looks at the
@@ -134,6 +136,7 @@ class DataConfig:
     train_split: str = "train"
     eval_split: str = "train"
     streaming: bool = False
+    tokens_dir: str | None = None
     eval_fraction: float | None = None
     form: Literal["auto", "instruction", "messages", "sharegpt", "completion", "text", "tokens", "format"] = "auto"
     text_field: str = "text"

@@ -28,6 +28,7 @@ _NO_NUMBERS = {
     "data.eval",
     "data.eval_split",
     "data.streaming",
+    "data.tokens_dir",
     "train.logging_steps",
     "train.eval_steps",
     "train.eval_answers",

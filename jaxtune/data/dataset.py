@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from jaxtyping import Bool, Int
 
 from jaxtune.config import DataConfig
-from jaxtune.data.encoding import Document, Encoder, Tally
+from jaxtune.data.documents import Document, Documents
+from jaxtune.data.encoding import Encoder, Tally
 from jaxtune.data.forms import Form, detect_form
-from jaxtune.data.packing import Batch, Documents, RowPlan, lay_out, plan_rows
+from jaxtune.data.packing import Batch, RowPlan, lay_out, plan_rows
 from jaxtune.data.sources import Record, Records, Unreadable, from_memory, open_records
 from jaxtune.errors import UserError
 
@@ -79,7 +80,7 @@ class Dataset:
     @property
     def max_token(self) -> int:
         """The largest token id."""
-        return int(self.documents.tokens.max())
+        return max(int(document.tokens.max()) for document in self.documents)
 
     def eval_batches(self, batch_size: int) -> Iterator[Batch]:
         """Every document once, in order, by field name, each [batch_size, T]; the last batch is filled with padding."""
@@ -119,31 +120,39 @@ def build(
     if formatting_func is not None:
         opened = [(_formatted(source, formatting_func, config), weight) for source, weight in opened]
 
-    encoder, read = Encoder(tokenizer, config), _Read()
-    for number, (source, _) in enumerate(opened):
-        tally, form = Tally(), detect_form(source.columns, config, source.name)
-        read.forms.append(form)
-        read.tallies.append(tally)
-        for document in encoder.encode(source, form, tally):
-            read.documents.append((number, document, digest(document)))
+    encoder = Encoder(tokenizer, config)
+    tallies = [Tally() for _ in opened]
+    forms = [detect_form(source.columns, config, source.name) for source, _ in opened]
+    counts: list[int] = []
+
+    def read() -> Iterator[Document]:
+        for (source, _), form, tally in zip(opened, forms, tallies):
+            counts.append(0)
+            for document in encoder.encode(source, form, tally):
+                counts[-1] += 1
+                yield document
+
+    documents = Documents(read(), vocabulary=len(tokenizer), directory=config.tokens_dir)
+    origin = np.repeat(np.arange(len(counts)), counts)
     if config.eval_fraction is not None:
-        _hold_out(read, config.eval_fraction, take=split != "train")
-    return _finish(read, opened, config)
+        kept = _held_out(documents.digests, config.eval_fraction) == (split != "train")
+        if len(documents) and not kept.any():
+            raise UserError(
+                f"data.eval_fraction {config.eval_fraction} of {len(documents)} records with "
+                f"{len(np.unique(documents.digests))} different texts leaves none to learn; name held-out records in "
+                "data.eval instead"
+            )
+        documents, origin = documents.part(np.flatnonzero(kept)), origin[kept]
+    accounts = [
+        Source(source.name, form, 0, 0, weight, tally) for (source, weight), form, tally in zip(opened, forms, tallies)
+    ]
+    return _finish(documents, origin, accounts, config)
 
 
 def eval_sets(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, Dataset]:
     """Every evaluation set that the configuration names, by its name; one held out of the training data is `eval`."""
     names = ["eval"] if config.eval_fraction is not None else list(config.eval_sets)
     return {name: build(config, tokenizer, name) for name in names}
-
-
-@dataclasses.dataclass
-class _Read:
-    """What the sources gave. documents: with the number of the source and a digest."""
-
-    forms: list[Form] = dataclasses.field(default_factory=list)
-    tallies: list[Tally] = dataclasses.field(default_factory=list)
-    documents: list[tuple[int, Document, bytes]] = dataclasses.field(default_factory=list)
 
 
 def _formatted(source: Records, formatting_func: Callable[[Record], str | Record], config: DataConfig) -> Records:
@@ -171,60 +180,48 @@ def _formatted(source: Records, formatting_func: Callable[[Record], str | Record
     return Records(source.name, columns, iterate)
 
 
-def digest(document: Document) -> bytes:
-    """What two documents have in common that are equal in tokens and weights."""
-    return hashlib.blake2b(document.tokens.tobytes() + document.weights.tobytes(), digest_size=16).digest()
+def _held_out(digests: np.ndarray, fraction: float) -> Bool[np.ndarray, " documents"]:
+    """Which documents are held out. By digest, so that equal records stay together."""
+    _, which, counts = np.unique(digests, return_inverse=True, return_counts=True)
+    wanted = max(1, round(fraction * len(digests)))
+    return (np.cumsum(counts) - counts < wanted)[which]
 
 
-def _hold_out(read: _Read, fraction: float, take: bool) -> None:
-    """Keep the held-out part, or the rest. By digest, so that equal records stay together."""
-    counts = collections.Counter(found for _, _, found in read.documents)
-    wanted, held = max(1, round(fraction * len(read.documents))), set()
-    for found in sorted(counts):
-        if wanted <= 0:
-            break
-        held.add(found)
-        wanted -= counts[found]
-    kept = [item for item in read.documents if (item[2] in held) == take]
-    if read.documents and not kept:
-        raise UserError(
-            f"data.eval_fraction {fraction} of {len(read.documents)} records with {len(counts)} different texts leaves "
-            "none to learn; name held-out records in data.eval instead"
-        )
-    read.documents = kept
+def _finish(
+    read: Documents, origin: Int[np.ndarray, " documents"], sources: Sequence[Source], config: DataConfig
+) -> Dataset:
+    """Bring the documents to the length of a row, leave out those that teach nothing, and account for them all.
 
-
-def _finish(read: _Read, opened: Sequence[tuple[Records, float]], config: DataConfig) -> Dataset:
-    """Bring the documents to the length of a row, leave out those that teach nothing, and account for them all."""
+    origin: the number of each one's source.
+    """
     limit = config.max_length
-    overlong = [(number, document) for number, document, _ in read.documents if len(document.tokens) > limit]
-    if overlong and config.overlong == "error":
-        number, first = overlong[0]
-        longest = max(len(document.tokens) for _, document in overlong)
+    overlong = np.flatnonzero(read.lengths > limit)
+    if len(overlong) and config.overlong == "error":
         raise UserError(
-            f"{opened[number][0].name}: {len(overlong)} of {len(read.documents)} records are longer than "
-            f"data.max_length {limit} (first: record {first.record}; longest: {longest} tokens); raise it, or set "
-            "data.overlong to drop, truncate or split"
+            f"{sources[origin[overlong[0]]].name}: {len(overlong)} of {len(read)} records are longer than "
+            f"data.max_length {limit} (first: record {read.records[overlong[0]]}; longest: {read.lengths.max()} "
+            "tokens); raise it, or set data.overlong to drop, truncate or split"
         )
-    learning: list[Document] = []
-    sources: list[Source] = []
-    for number, (records, weight) in enumerate(opened):
-        start, tally = len(learning), read.tallies[number]
-        mine = [document for of, document, _ in read.documents if of == number]
-        tally.overlong = [document.record for document in mine if len(document.tokens) > limit]
-        pieces = [piece for document in mine for piece in _fit(document, config)]
-        learning += [piece for piece in pieces if piece.weights.any()]
-        tally.unlearnt = [piece.record for piece in pieces if not piece.weights.any()]
-        count = len(learning) - start
-        if count and round(weight * count) == 0:
+    index, pieces = _fit(read, config)
+    learnt = pieces.learnt()
+    learning = np.flatnonzero(learnt)
+    documents, learning_origin = pieces.part(learning), origin[index[learning]]
+    accounts = []
+    for number, source in enumerate(sources):
+        start, stop = np.searchsorted(learning_origin, [number, number + 1]).tolist()
+        source.tally.overlong = read.records[overlong[origin[overlong] == number]].tolist()
+        source.tally.unlearnt = pieces.records[(learnt == 0) & (origin[index] == number)].tolist()
+        count = stop - start
+        if count and round(source.weight * count) == 0:
             raise UserError(
-                f"data.train.{records.name} has {count} documents and the weight {weight:g}, so an epoch would take "
-                f"none of them; set the weight to {1 / count:.2g} or more, or remove the source"
+                f"data.train.{source.name} has {count} documents and the weight {source.weight:g}, so an epoch would "
+                f"take none of them; set the weight to {1 / count:.2g} or more, or remove the source"
             )
-        sources.append(Source(records.name, read.forms[number], start, len(learning), weight, tally))
-    records_read = sum(tally.records for tally in read.tallies)
-    if not learning:
-        bad = sum(tally.bad for tally in read.tallies)
+        accounts.append(dataclasses.replace(source, start=start, stop=stop))
+    tallies = [source.tally for source in sources]
+    records_read = sum(tally.records for tally in tallies)
+    if not len(documents):
+        bad = sum(tally.bad for tally in tallies)
         dropped = len(overlong) if config.overlong == "drop" else 0
         hint = "check for assistant turns, or raise data.max_length"
         if config.response_part is not None:
@@ -233,46 +230,47 @@ def _finish(read: _Read, opened: Sequence[tuple[Records, float]], config: DataCo
             f"{', '.join(source.name for source in sources)}: none of {records_read} records has anything to learn "
             f"({dropped} dropped as longer than data.max_length {limit}, {bad} bad); {hint}"
         )
-    documents = Documents(learning)
     plan = plan_rows(documents.lengths, np.arange(len(documents)), limit, config.packing)
+    tokens = int(documents.lengths.sum())
     statistics = Statistics(
         records=records_read,
-        bad=sum(tally.bad for tally in read.tallies),
-        altered=sum(tally.altered for tally in read.tallies),
+        bad=sum(tally.bad for tally in tallies),
+        altered=sum(tally.altered for tally in tallies),
         **{{"truncate": "truncated", "drop": "dropped"}.get(config.overlong, "split"): len(overlong)},
-        unlearnt=sum(len(tally.unlearnt) for tally in read.tallies),
-        duplicates=len(read.documents) - len({found for _, _, found in read.documents}),
+        unlearnt=sum(len(tally.unlearnt) for tally in tallies),
+        duplicates=len(read) - len(np.unique(read.digests)),
         documents=len(documents),
-        tokens=len(documents.tokens),
-        learnt_tokens=int(np.count_nonzero(documents.weights)),
+        tokens=tokens,
+        learnt_tokens=int(learnt.sum()),
         rows=len(plan),
-        fill=len(documents.tokens) / (len(plan) * limit),
+        fill=tokens / (len(plan) * limit),
     )
-    fingerprint = _fingerprint(documents, sources, config)
-    return Dataset(documents, tuple(sources), statistics, fingerprint, limit, config.packing, config.shuffle)
+    fingerprint = _fingerprint(documents, accounts, config)
+    return Dataset(documents, tuple(accounts), statistics, fingerprint, limit, config.packing, config.shuffle)
 
 
-def _fit(document: Document, config: DataConfig) -> list[Document]:
-    """The document as `data.overlong` leaves it."""
-    length, limit = len(document.tokens), config.max_length
-    if length <= limit:
-        return [document]
+def _fit(read: Documents, config: DataConfig) -> tuple[Int[np.ndarray, " pieces"], Documents]:
+    """The documents as `data.overlong` leaves them, and the number of the document that each was."""
+    lengths, limit = read.lengths, config.max_length
+    everything = np.arange(len(lengths))
     if config.overlong == "drop":
-        return []
+        kept = everything[lengths <= limit]
+        return kept, read.part(kept)
     if config.overlong == "truncate":
-        return [Document(document.tokens[:limit], document.weights[:limit], document.record)]
+        return everything, read.part(everything, lengths=np.minimum(lengths, limit))
     # A piece begins with the last token of the one before, so that each token is predicted once.
-    pieces = []
-    for start in range(0, length - 1, limit - 1):
-        tokens, weights = document.tokens[start : start + limit], document.weights[start : start + limit].copy()
-        weights[0] = 0.0
-        pieces.append(Document(tokens, weights, document.record))
-    return pieces
+    counts = np.where(lengths > limit, -(-(lengths - 1) // (limit - 1)), 1)
+    index = np.repeat(everything, counts)
+    offsets = (np.arange(len(index)) - np.repeat(np.cumsum(counts) - counts, counts)) * (limit - 1)
+    return index, read.part(index, offsets, np.minimum(lengths[index] - offsets, limit))
 
 
 def _fingerprint(documents: Documents, sources: Sequence[Source], config: DataConfig) -> str:
     ranges = [(source.start, source.stop, source.weight) for source in sources]
     content = hashlib.sha256(repr((ranges, config.max_length, config.packing, config.shuffle)).encode())
-    for array in (documents.tokens, documents.weights, documents.lengths):
-        content.update(array.tobytes())
+    for document in documents:
+        content.update(document.tokens.tobytes())
+    for document in documents:
+        content.update(document.weights.tobytes())
+    content.update(documents.lengths.tobytes())
     return content.hexdigest()

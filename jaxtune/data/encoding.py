@@ -9,10 +9,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
-from jaxtyping import Bool, Float32, Int, Int32
+from jaxtyping import Bool, Float32, Int
 
 from jaxtune.config import DataConfig
 from jaxtune.data.chat import ChatRenderer, WeightedSpan
+from jaxtune.data.documents import Document
 from jaxtune.data.forms import Chat, Form, Text, Tokens, read_record
 from jaxtune.data.sources import Records, Unreadable
 from jaxtune.data.templates import Span
@@ -28,18 +29,6 @@ _EXAMPLES = 3
 # The longest text that is tokenised, which takes memory of about 170 bytes a character.
 LONGEST = 10_000_000
 _SURROGATE = re.compile("[\ud800-\udfff]")
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Document:
-    """A record as the model sees it.
-
-    weights: of each token as a target of the loss; 0 for token 0, which nothing precedes. record: its number, from 1.
-    """
-
-    tokens: Int32[np.ndarray, " n"]
-    weights: Float32[np.ndarray, " n"]
-    record: int = 0
 
 
 @dataclasses.dataclass

@@ -4,40 +4,17 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Float32, Int, Int32
+from jaxtyping import Int
 
-from jaxtune.data.encoding import Document
+from jaxtune.data.documents import Documents
 
 Batch = dict[str, np.ndarray]
 
 # Documents among which a row's are chosen. More fills no better, and takes longer before the first row is known.
 WINDOW = 8192
-
-
-class Documents:
-    """Documents laid end to end in two arrays, which cost 8 bytes a token. records: the number of each one's record."""
-
-    def __init__(self, documents: Iterable[Document]) -> None:
-        listed = list(documents)
-        empty = [np.zeros(0)]
-        self.tokens: Int32[np.ndarray, " n"] = np.concatenate([d.tokens for d in listed] or empty, dtype=np.int32)
-        self.weights: Float32[np.ndarray, " n"] = np.concatenate([d.weights for d in listed] or empty, dtype=np.float32)
-        self.lengths: Int[np.ndarray, " documents"] = np.array([len(d.tokens) for d in listed], np.int64)
-        self.starts: Int[np.ndarray, " documents"] = np.cumsum(self.lengths) - self.lengths
-        self.records: Int[np.ndarray, " documents"] = np.array([d.record for d in listed], np.int64)
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def __iter__(self) -> Iterator[Document]:
-        return (self[index] for index in range(len(self)))
-
-    def __getitem__(self, index: int) -> Document:
-        place = slice(self.starts[index], self.starts[index] + self.lengths[index])
-        return Document(self.tokens[place], self.weights[place], int(self.records[index]))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

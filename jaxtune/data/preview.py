@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from jaxtune.data.dataset import Dataset
-from jaxtune.data.encoding import Document
+from jaxtune.data.documents import Document
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

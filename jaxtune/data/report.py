@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from jaxtune.data.dataset import Dataset, Source, digest
+from jaxtune.data.dataset import Dataset, Source
 
 _BAR = "▏▎▍▌▋▊▉█"
 _BAR_WIDTH = 30
@@ -15,11 +15,12 @@ _NAMED = 5
 
 def describe_all(sets: Mapping[str, Dataset]) -> list[str]:
     """What is to be said of the training data and of each held-out set, by their names: `train` and others."""
-    learnt = {digest(document) for document in sets["train"].documents} if len(sets) > 1 else set()
     described = []
     for name, data in sets.items():
         text = describe(name, data)
-        also = 0 if name == "train" else sum(digest(document) in learnt for document in data.documents)
+        also = 0
+        if name != "train":
+            also = int(np.isin(data.documents.digests, sets["train"].documents.digests).sum())
         if also:
             text += (
                 f"\n  {also:,} of its documents are in the training data, too: their loss says what was learnt by heart"

@@ -13,7 +13,8 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from jaxtune.config import DataConfig
 from jaxtune.data.builtin_templates import TEMPLATES
-from jaxtune.data.encoding import Document, Encoder, Tally, tokens_in
+from jaxtune.data.documents import Document
+from jaxtune.data.encoding import Encoder, Tally, tokens_in
 from jaxtune.data.sources import from_memory
 from jaxtune.errors import UserError
 

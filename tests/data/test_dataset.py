@@ -67,7 +67,7 @@ def test_pieces_of_a_split_document_learn_each_token_once(make_tokenizer: Make, 
     whole = build_text(make_tokenizer, path, max_length=200).documents
     pieces = build_text(make_tokenizer, path, overlong="split", packing=False)
     targets = [batch["targets"][batch["loss_weights"] > 0] for batch in pieces.eval_batches(1)]
-    assert np.concatenate(targets).tolist() == whole.tokens[1:].tolist()
+    assert np.concatenate(targets).tolist() == whole[0].tokens[1:].tolist()
 
 
 def test_records_with_nothing_to_learn_are_counted_and_left_out(make_tokenizer: Make, write_jsonl: Write) -> None:

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from jaxtune.data.dataset import Dataset, Source, Statistics
-from jaxtune.data.encoding import Document, Tally
+from jaxtune.data.documents import Document, Documents
+from jaxtune.data.encoding import Tally
 from jaxtune.data.loader import Loader, Position, Prefetch
-from jaxtune.data.packing import Batch, Documents
+from jaxtune.data.packing import Batch
 
 NAMES = {"tokens", "targets", "loss_weights", "positions", "segment_ids"}
 

@@ -7,8 +7,8 @@ import time
 import numpy as np
 import pytest
 
-from jaxtune.data.encoding import Document
-from jaxtune.data.packing import WINDOW, Batch, Documents, assign_rows, lay_out, plan_rows
+from jaxtune.data.documents import Document, Documents
+from jaxtune.data.packing import WINDOW, Batch, assign_rows, lay_out, plan_rows
 
 
 def random_documents(lengths: list[int] | np.ndarray, seed: int) -> list[Document]:

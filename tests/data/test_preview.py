@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from jaxtune.config import DataConfig
 from jaxtune.data.__main__ import main
 from jaxtune.data.dataset import build
-from jaxtune.data.encoding import Document
+from jaxtune.data.documents import Document
 from jaxtune.data.preview import pieces, show_row, to_html, visible
 from jaxtune.data.report import describe, histogram
 
