@@ -7,7 +7,7 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from pallas_kernels._dispatch import choose
-from pallas_kernels.attention import cudnn
+from pallas_kernels.attention import cudnn, triton
 from pallas_kernels.attention.reference import attention_reference, visible
 from pallas_kernels.attention.xla import Form, attention_xla
 
@@ -32,7 +32,7 @@ def attention(
         window: keys that a query sees at most, its own among them (a sliding window); None for all before it.
         cap: soft-cap of the scores, cap * tanh(score / cap); None for none.
         scale: factor on the scores; 1 / sqrt(H) when None.
-        implementation: "cudnn", "xla", or None to choose.
+        implementation: "cudnn", "triton", "xla", or None to choose.
 
     Returns:
         [B, T, N, H] in q's dtype. Rows of padding hold finite values without meaning.
@@ -50,10 +50,17 @@ def attention(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if window is not None and window >= q.shape[1]:
         window = None
-    candidates = {"cudnn": lambda: cudnn.unsupported_reason(q, segment_ids, cap), "xla": lambda: None}
-    if choose("attention", implementation, candidates) == "cudnn":
+    # The kernels through Triton have not been timed on a GPU: they run where they are named.
+    candidates = {
+        "cudnn": lambda: cudnn.unsupported_reason(q, segment_ids, cap),
+        "xla": lambda: None,
+        "triton": lambda: triton.unsupported_reason(q),
+    }
+    chosen = choose("attention", implementation, candidates)
+    if chosen == "cudnn":
         return cudnn.attention_cudnn(q, k, v, segment_ids, scale, window)
-    return attention_xla(q, k, v, segment_ids, Form(scale, window, cap))
+    run = triton.attention_triton if chosen == "triton" else attention_xla
+    return run(q, k, v, segment_ids, Form(scale, window, cap))
 
 
 def cached_attention(

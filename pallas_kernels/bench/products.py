@@ -256,7 +256,7 @@ def attention_cases(small: bool) -> Iterator[Case]:
                 f"{model}/{mask.name}",
                 b * t,
                 attention,
-                ("cudnn", "xla"),
+                ("cudnn", "triton", "xla"),
                 make=make,
                 call=lambda f, q, k, v, segments, window=window, cap=mask.cap: f(
                     q, k, v, segment_ids=segments, window=window, cap=cap

@@ -1,0 +1,116 @@
+"""Attention through Triton's interpreter against float32 truth: documents, windows, soft-caps, gradients."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels._device import lower_for_cuda
+from pallas_kernels._triton import interpreted
+from pallas_kernels.attention import attention
+from pallas_kernels.attention import triton as kernels
+from pallas_kernels.attention.reference import attention_reference, visible
+
+SMALL = {
+    name: {256: kernels.Tiles(queries, keys, 4, 1)}
+    for name, queries, keys in [("forward", 32, 16), ("keys", 16, 32), ("queries", 16, 16)]
+}
+
+
+def draw(b: int, t: int, n: int, kv: int, h: int, dtype: str) -> list[jax.Array]:
+    rng = np.random.default_rng(b * t + n * h)
+    return [jnp.asarray(rng.standard_normal((b, t, heads, h)), dtype) for heads in (n, kv, kv, n)]
+
+
+def documents(b: int, t: int, kind: str) -> jax.Array | None:
+    """Ragged documents, then padding with the number 0; or numbers that fall, and that come back."""
+    if kind == "none":
+        return None
+    cuts = np.array([0, t // 6, t // 6 + 1, t // 2, t - 3])
+    rising = np.searchsorted(cuts, np.arange(t), side="right") % 5
+    rows = [rising, rising[::-1] if kind == "any" else np.minimum(rising, 2)]
+    return jnp.asarray(np.stack([rows[i % 2] for i in range(b)]), jnp.int32)
+
+
+def results(f: object, q: jax.Array, k: jax.Array, v: jax.Array, dy: jax.Array) -> list[np.ndarray]:
+    y, pull = jax.vjp(f, q, k, v)
+    return [np.asarray(x, np.float64) for x in (y, *pull(dy))]
+
+
+@pytest.mark.parametrize(
+    ("b", "t", "heads", "kind", "window", "cap", "dtype"),
+    [
+        (1, 64, (2, 1, 16), "none", None, None, "float32"),
+        (1, 75, (4, 2, 32), "rising", None, None, "float32"),
+        (2, 60, (2, 2, 16), "any", 20, 1.5, "float32"),
+        (1, 1, (1, 1, 16), "none", None, None, "float32"),
+        (2, 50, (2, 1, 32), "rising", None, 0.5, "bfloat16"),
+        (1, 40, (2, 1, 16), "none", 9, None, "float16"),
+    ],
+)
+def test_values_and_gradients(
+    b: int,
+    t: int,
+    heads: tuple[int, int, int],
+    kind: str,
+    window: int | None,
+    cap: float | None,
+    dtype: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(kernels, "TILES", SMALL)
+    inputs = draw(b, t, *heads, dtype)
+    segments = documents(b, t, kind)
+
+    def reference(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        index = jnp.arange(t)
+        return attention_reference(q, k, v, visible(index, index, segments, segments, window), heads[2] ** -0.5, cap)
+
+    def run(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return attention(q, k, v, segment_ids=segments, window=window, cap=cap, implementation="triton")
+
+    with interpreted():
+        got = results(run, *inputs)
+    own, truth = results(reference, *inputs), results(reference, *(x.astype(jnp.float32) for x in inputs))
+    for ours, theirs, true in zip(got, own, truth, strict=True):
+        # float32: sums of t products of about unit size, in another order, and exp2 of differences.
+        limit = 1.5 * np.linalg.norm(theirs - true) + 3e-6 * np.linalg.norm(true) + 1e-7
+        assert np.linalg.norm(ours - true) <= limit
+
+
+def test_tiles_of_other_documents_are_not_visited() -> None:
+    tiles = kernels.Tiles(16, 8, 4, 1)
+    segments = jnp.asarray(np.repeat([[1, 2, 3, 0]], 16, axis=1).reshape(1, 64, order="C"), jnp.int32)
+    segments = jnp.sort(segments, axis=1)
+    visited = np.asarray(kernels._visited(segments, (1, 64), kernels.Form(1.0), tiles))[0]
+    index = np.arange(64)
+    seen = (index[None] <= index[:, None]) & (np.asarray(segments)[0][None] == np.asarray(segments)[0][:, None])
+    np.testing.assert_array_equal(visited, seen.reshape(4, 16, 8, 8).any(axis=(1, 3)))
+
+
+@pytest.mark.parametrize(
+    ("shape", "window", "cap"),
+    [((4, 2048, 32, 8, 128), None, None), ((1, 2048, 16, 8, 256), 512, 50.0), ((2, 1000, 9, 3, 64), None, None)],
+)
+def test_lowers_to_cuda(shape: tuple[int, ...], window: int | None, cap: float | None) -> None:
+    b, t, n, kv, h = shape
+    q, k = (jax.ShapeDtypeStruct((b, t, heads, h), jnp.bfloat16) for heads in (n, kv))
+    segments = jax.ShapeDtypeStruct((b, t), jnp.int32)
+
+    def gradients(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> tuple[jax.Array, ...]:
+        def f(*qkv: jax.Array) -> jax.Array:
+            y = attention(*qkv, segment_ids=segments, window=window, cap=cap, implementation="triton")
+            return jnp.sum(y.astype(jnp.float32) ** 2)
+
+        return jax.grad(f, argnums=(0, 1, 2))(q, k, v)
+
+    text = lower_for_cuda(gradients, q, k, k, segments)
+    assert all(name in text for name in ("attention_d_queries", "attention_d_keys"))
+
+
+def test_widths_that_are_no_power_of_two_are_refused() -> None:
+    q, k, v, _ = draw(1, 8, 1, 1, 80, "bfloat16")
+    with interpreted(), pytest.raises(NotImplementedError, match="powers of two from 16 to 256, not 80"):
+        attention(q, k, v, implementation="triton")
