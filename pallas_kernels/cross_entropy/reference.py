@@ -7,15 +7,20 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
+from pallas_kernels.nf4 import NF4Tensor
+from pallas_kernels.nf4.reference import nf4_dequantize_reference
+
 
 def linear_cross_entropy_reference(
     hidden: Float[Array, "B T D"],
-    head: Float[Array, "V D"],
+    head: Float[Array, "V D"] | NF4Tensor,
     targets: Int[Array, "B T"],
     weights: Float[Array, "B T"],
     cap: float | None = None,
 ) -> Float[Array, ""]:
     """Sum over tokens of weight * -log softmax(hidden head^T)[target], the logits soft-capped where `cap` is set."""
+    if isinstance(head, NF4Tensor):
+        head = nf4_dequantize_reference(head, hidden.dtype.name)
     logits = jnp.einsum("btd,vd->btv", hidden, head, preferred_element_type=jnp.float32)
     if cap is not None:
         logits = cap * jnp.tanh(logits / cap)

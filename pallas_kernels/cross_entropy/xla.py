@@ -10,6 +10,7 @@ then rounded to hidden's dtype for the product.
 With `Vocabulary` each device holds some rows of the head. Where its devices have different tokens, a chunk's tokens
 visit all of them, so that no device holds the hidden states of another beyond a chunk; maxima, sums and the targets'
 logits are put together, and the parts of the gradient are added up, rounded to hidden's dtype before.
+A packed head is decoded twice for each chunk, some rows at a time.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+
+from pallas_kernels.cross_entropy import head as head_products
+from pallas_kernels.nf4 import NF4Tensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,11 +38,11 @@ class Vocabulary:
 
 
 def _chunk_loss(
-    h: Array, head: Array, target: Array, weight: Array, cap: float | None, vocabulary: Vocabulary | None
+    h: Array, head: Array | NF4Tensor, target: Array, weight: Array, cap: float | None, vocabulary: Vocabulary | None
 ) -> tuple[Array, Array]:
     """Weighted losses of one chunk, float32 [B, c], and their gradient with respect to the logits, float32 [B, c,
     V], of this device's part of the vocabulary."""
-    logits = lax.dot_general(h, head, (((2,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+    logits = head_products.logits(h, head)
     if cap is not None:
         logits = cap * jnp.tanh(logits / cap)
     if vocabulary is None:
@@ -78,7 +82,7 @@ def _returned(d_h: Array, vocabulary: Vocabulary | None) -> Array:
 
 def _loss_and_gradient(
     hidden: Array,
-    head: Array,
+    head: Array | NF4Tensor,
     targets: Array,
     weights: Array,
     chunk: int,
@@ -87,7 +91,7 @@ def _loss_and_gradient(
     with_gradient: bool,
 ) -> tuple[Array, Array | None]:
     """The loss, and the gradient [B, T, D] with respect to hidden where asked for. `chunk`: tokens of one row."""
-    length = hidden.shape[1]
+    length, head = hidden.shape[1], head_products.with_plain_scales(head)
     learnt_first = jnp.argsort(weights == 0, axis=1, stable=True)
     most_learnt = jnp.max(jnp.sum(weights != 0, axis=1))
     if vocabulary is not None and vocabulary.tokens is not None:
@@ -109,8 +113,7 @@ def _loss_and_gradient(
         h, target, weight = (_visiting(x, vocabulary) for x in (h, target, weight))
         losses, d_logits = _chunk_loss(h, head, target, weight, cap, vocabulary)
         if gradient is not None:
-            dims = (((2,), (0,)), ((), ()))
-            d_h = lax.dot_general(d_logits.astype(h.dtype), head, dims, preferred_element_type=jnp.float32)
+            d_h = head_products.d_hidden(d_logits.astype(h.dtype), head)
             d_h = _returned(d_h.astype(h.dtype), vocabulary)
             gradient = lax.dynamic_update_slice_in_dim(gradient, d_h, index * chunk, axis=1)
         if vocabulary is not None and vocabulary.tokens is not None:
@@ -128,7 +131,7 @@ def _loss_and_gradient(
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def linear_cross_entropy_xla(
     hidden: Array,
-    head: Array,
+    head: Array | NF4Tensor,
     targets: Array,
     weights: Array,
     chunk: int,
@@ -141,7 +144,7 @@ def linear_cross_entropy_xla(
 
 def _fwd(
     hidden: Array,
-    head: Array,
+    head: Array | NF4Tensor,
     targets: Array,
     weights: Array,
     chunk: int,

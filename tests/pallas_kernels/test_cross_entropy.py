@@ -9,10 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels.cross_entropy import head as head_module
 from pallas_kernels.cross_entropy import linear_cross_entropy
 from pallas_kernels.cross_entropy import xla as cross_entropy_xla
 from pallas_kernels.cross_entropy.api import chunk_tokens
 from pallas_kernels.cross_entropy.reference import linear_cross_entropy_reference
+from pallas_kernels.nf4 import dequantize, quantize
 
 B, T, D, V = 3, 29, 20, 211
 
@@ -140,3 +142,48 @@ def test_tokens_without_weight_do_not_reach_the_head() -> None:
     np.testing.assert_allclose(gradient, expected_gradient, atol=1e-5)
     # Ten learnt tokens a row, four of a row in a chunk of eight.
     assert len(chunks) == 3
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("rows", [1, 40, 1000])
+def test_a_packed_head_is_decoded_some_rows_at_a_time(
+    rows: int, double_quant: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, _, targets, weights = inputs()
+    rng = np.random.default_rng(4)
+    hidden = jnp.asarray(rng.normal(size=(B, T, 192)), jnp.float32)
+    packed = quantize(jnp.asarray(rng.normal(size=(V, 192)) / 8, jnp.float32), double_quant=double_quant)
+    monkeypatch.setattr(head_module, "DECODED_BYTES", rows * 192 * 4)
+    loss, gradient = jax.jit(
+        jax.value_and_grad(lambda h, w: linear_cross_entropy(h, w, targets, weights, cap=5.0, chunk=12))
+    )(hidden, packed)
+    expected_loss, expected_gradient = truth(hidden, dequantize(packed), targets, weights, 5.0)
+    np.testing.assert_allclose(loss, expected_loss, rtol=1e-6)
+    np.testing.assert_allclose(gradient, expected_gradient, atol=1e-5)
+    np.testing.assert_allclose(
+        linear_cross_entropy_reference(hidden, packed, targets, weights, 5.0), expected_loss, rtol=1e-6
+    )
+
+
+def test_a_packed_head_is_never_whole() -> None:
+    d, v = 512, 32000
+    packed = jax.eval_shape(quantize, jax.ShapeDtypeStruct((v, d), jnp.bfloat16))
+    hidden, row = jax.ShapeDtypeStruct((1, 16, d), jnp.bfloat16), jax.ShapeDtypeStruct((1, 16), jnp.float32)
+
+    def temporaries() -> int:
+        step = jax.grad(lambda h, w, y, x: linear_cross_entropy(h, w, y, x, chunk=16))
+        targets = jax.ShapeDtypeStruct((1, 16), jnp.int32)
+        return jax.jit(step).lower(hidden, packed, targets, row).compile().memory_analysis().temp_size_in_bytes
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(head_module, "DECODED_BYTES", 2**20)
+        # Less than the float32 that XLA makes of one decoded head on a CPU; the logits and plain scales are there.
+        assert temporaries() < v * d * 2
+
+
+def test_packed_heads_that_do_not_fit_are_refused() -> None:
+    hidden, _, targets, weights = inputs()
+    with pytest.raises(NotImplementedError, match="rows that are not whole blocks of 64; pass it decoded"):
+        linear_cross_entropy(hidden, quantize(jnp.ones((V, D))), targets, weights)
+    with pytest.raises(ValueError, match=r"a stack \(2,\) of packed weights"):
+        linear_cross_entropy(hidden, quantize(jnp.ones((2, V, D))), targets, weights)
