@@ -30,6 +30,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtune.config import RunConfig
 from jaxtune.config_io import determining, diff, fingerprint, from_dict, to_dict
 from jaxtune.errors import UserError
+from jaxtune.processes import agreed, is_first, several, together
 
 _TEMPORARY = ".tmp-"
 # Where model and data come from, and what `auto` means, may change: their content has fingerprints of its own, and the
@@ -77,16 +78,22 @@ class Checkpoints:
         """
         path, temporary = self.directory / str(step), self.directory / f"{_TEMPORARY}{step}"
         named = _named_leaves(state)
-        host = jax.device_get({name: jax.random.key_data(x) if _is_key(x) else x for name, x in named.items()})
+        host = {name: jax.random.key_data(x) if _is_key(x) else x for name, x in named.items()}
+        # Of several processes each writes the parts that its devices hold.
+        host = host if several() else jax.device_get(host)
         leaves = {name: _describe(x) for name, x in named.items()}
         key_impls = {name: str(jax.random.key_impl(x)) for name, x in named.items() if _is_key(x)}
         try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            for leftover in self.directory.glob(f"{_TEMPORARY}*"):
-                shutil.rmtree(leftover)
+            if is_first():
+                self.directory.mkdir(parents=True, exist_ok=True)
+                for leftover in self.directory.glob(f"{_TEMPORARY}*"):
+                    shutil.rmtree(leftover)
+            together()
             with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
                 tree = unflatten_dict(host, sep="/")
                 checkpointer.save(temporary / "state", args=ocp.args.StandardSave(tree))
+            if not is_first():
+                return path
             record: dict[str, Any] = {"step": step, "meta": dict(meta), "leaves": leaves, "key_impls": key_impls}
             record["files"] = _file_checksums(temporary / "state")
             guarded = {"format": 1, "crc32": _json_checksum(record), "record": record}
@@ -163,9 +170,12 @@ class Checkpoints:
                 f"the checkpoint {path} is of another kind of run:\n  {lines}\n"
                 "Resume with the configuration it was written with, or start a new run in another output.dir"
             )
-        _check_files(path, record)
+        if is_first():
+            _check_files(path, record)
+        targets = unflatten_dict({name: _target(like) for name, like in wanted.items()}, sep="/")
         with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
-            host = flatten_dict(checkpointer.restore(path / "state"), sep="/")
+            restored = checkpointer.restore(path / "state", args=ocp.args.StandardRestore(targets))
+        host = flatten_dict(restored, sep="/")
         leaves = [_place(host[name], like, record["key_impls"].get(name)) for name, like in wanted.items()]
         return jax.tree.unflatten(jax.tree.structure(abstract_state), leaves), {"step": step, **record["meta"]}
 
@@ -190,13 +200,17 @@ class Checkpoints:
 
         check: called with the meta before any array is read, to raise where the run is another (`check_compatible`).
         """
-        for step in reversed(self.steps()):
+        for step in reversed(self.steps() if is_first() else ()):
             try:
                 if check is not None:
                     check(self.read_meta(step))
-                return self.restore(step, abstract_state)
+                if several():
+                    self.verify(step)
+                return self.restore(agreed(step), abstract_state)
             except CorruptCheckpointError as error:
                 warnings.warn(f"{error}. Falling back to the checkpoint before it", stacklevel=2)
+        if not is_first():
+            return self.restore(agreed(None), abstract_state)
         raise UserError(f"there is no readable checkpoint in {self.directory}; start a new run, without resume")
 
 
@@ -248,9 +262,19 @@ def _describe(leaf: Any) -> str:
     return f"{leaf.dtype}{list(leaf.shape)}"
 
 
-def _place(array: np.ndarray, like: Any, key_impl: str | None) -> jax.Array:
+def _place(array: np.ndarray | jax.Array, like: Any, key_impl: str | None) -> jax.Array:
+    if isinstance(array, jax.Array):
+        return array
     value = array if key_impl is None else jax.random.wrap_key_data(jnp.asarray(array), impl=key_impl)
     return jax.device_put(value, getattr(like, "sharding", None))
+
+
+def _target(like: Any) -> Any:
+    """What Orbax is to make of a stored array: a NumPy array, and of several processes each its parts."""
+    if several():
+        return jax.ShapeDtypeStruct(like.shape, like.dtype, sharding=like.sharding)
+    stored = jax.eval_shape(jax.random.key_data, like) if _is_key(like) else like
+    return np.broadcast_to(np.zeros((), stored.dtype), stored.shape)
 
 
 def _json_checksum(record: Any) -> int:

@@ -7,16 +7,19 @@ import importlib
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 
 from jaxtune.config_io import check_files, load_config
 from jaxtune.errors import Interrupted, UserError
+from jaxtune.launch import Launch, find_launch
 
 _EXIT_CODES = """\
 exit status:
   0          the run is complete
   1          a defect of this program, with a traceback
   2          something you can fix, said in one message (--debug adds the traceback)
+  3          of several processes another one has ended; start all of them again with --resume auto
   130, 143   stopped by Ctrl-C (SIGINT) or SIGTERM; what was done is saved, and --resume continues it
 """
 
@@ -38,6 +41,12 @@ def make_parser() -> argparse.ArgumentParser:
         choices=["always", "auto"],
         help="continue from the newest checkpoint in output.dir; auto: or start, where there is none yet",
     )
+    several = parser.add_argument_group(
+        "several processes", "one on each host, or for each GPU; under srun and mpirun they are found (docs/scale.md)"
+    )
+    several.add_argument("--coordinator", metavar="HOST:PORT", help="host of process 0, and a free port there")
+    several.add_argument("--processes", type=int, metavar="N", help="how many there are")
+    several.add_argument("--process-id", type=int, metavar="I", help="which one this is, from 0")
     parser.add_argument("--debug", action="store_true", help="show tracebacks, and why an op's implementation is used")
     return parser
 
@@ -45,8 +54,28 @@ def make_parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the main job and return the exit status (`--help` lists them)."""
     options = make_parser().parse_args(arguments)
+    try:
+        launch = find_launch(options.coordinator, options.processes, options.process_id, os.environ)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if launch is None:
+        return _run(options, None)
+    try:
+        status = _run(options, launch)
+    except BaseException:  # noqa: BLE001 - shown, and then this process ends
+        traceback.print_exc()
+        status = 1
+    # What JAX does at an ordinary exit waits for the other processes, which may be gone.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def _run(options: argparse.Namespace, launch: Launch | None) -> int:
     # By force, since an imported library may have set up logging already.
-    logging.basicConfig(format="%(name)s: %(message)s", force=True)
+    where = f"process {launch.process}: " if launch is not None and launch.process > 0 else ""
+    logging.basicConfig(format=f"{where}%(name)s: %(message)s", force=True)
     for package in ("jaxtune", "pallas_kernels"):
         logging.getLogger(package).setLevel(logging.INFO if options.debug else logging.WARNING)
     # Read when the GPU client starts: memory is taken as it is needed instead of three quarters of the card at once.
@@ -56,10 +85,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check_files(config)
         # Takes seconds: by name, so that help and the mistakes above are answered at once.
         importlib.import_module("jaxtune.train").run(
-            config, resume={"always": True, "auto": "auto"}.get(options.resume)
+            config, resume={"always": True, "auto": "auto"}.get(options.resume), launch=launch
         )
     except Interrupted as stopped:
-        print(f"\n{stopped}", file=sys.stderr)
+        print(f"\n{where}{stopped}", file=sys.stderr)
         return 128 + stopped.signal
     except KeyboardInterrupt:
         print("\nstopped before the first update: nothing was done that could be lost", file=sys.stderr)
@@ -67,11 +96,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (UserError, NotImplementedError) as error:
         if options.debug:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"{where}error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
         if options.debug:
             raise
-        print(f"error: the system refuses: {error}; check the path, its permissions and the disk", file=sys.stderr)
+        hint = "check the path, its permissions and the disk"
+        print(f"{where}error: the system refuses: {error}; {hint}", file=sys.stderr)
         return 2
     return 0

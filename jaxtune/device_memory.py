@@ -53,7 +53,7 @@ def limit_memory(limit: str | None) -> None:
 
 def check_limit(limit: str | None) -> None:
     """Raise UserError where a limit does not hold since the GPU was started before it was set. Starts the device."""
-    given = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
+    given = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
     if limit is not None and given is not None and given > parse_bytes("train.memory_limit", limit):
         raise UserError(
             f"train.memory_limit is {limit}, but JAX has started the GPU with {format_bytes(given)} already; call "

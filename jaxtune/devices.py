@@ -106,7 +106,7 @@ def this_device() -> Device:
     Rates of what has no sheet are taken from the sheet of the same or the next older compute capability, and of a CPU
     they are those of a small server: enough for an estimate that is labelled as one.
     """
-    device = jax.devices()[0]
+    device = jax.local_devices()[0]
     if device.platform == "cpu":
         return Device("cpu", device.device_kind, host_memory(), 20e9, 0.1e12, None, 10e9, shared=True)
     stats = device.memory_stats() or {}

@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from jaxtune.data.dataset import Dataset
+from jaxtune.data.packing import Batch
 from jaxtune.decoding import Generator
 from jaxtune.errors import UserError
 from jaxtune.samples import TextGenerator, stop_ids
@@ -34,13 +35,15 @@ def held_out(
     step: Callable[..., Any],
     lora: Any,
     frozen: Any,
+    share: slice = slice(None),
 ) -> dict[str, float]:
     """The mean loss over all learnt tokens, and its exponential: of all sets together, and where there are several of
     each as `eval_loss/NAME` and `eval_perplexity/NAME`.
 
-    place: puts a batch [1, batch_size, T] on the device. step: what `jit_eval_step` gives.
+    place: puts a batch [1, batch_size, T] on the device. step: what `jit_eval_step` gives. share: rows of each batch
+    that `place` is given.
     """
-    sums = {name: _sums(data, batch_size, place, step, lora, frozen) for name, data in sets.items()}
+    sums = {name: _sums(data.eval_batches(batch_size, share), place, step, lora, frozen) for name, data in sets.items()}
     values = _values("", sum(total for total, _ in sums.values()), sum(weight for _, weight in sums.values()))
     if len(sets) > 1:
         for name, (total, weight) in sums.items():
@@ -49,10 +52,10 @@ def held_out(
 
 
 def _sums(
-    data: Dataset, batch_size: int, place: Callable[[Any], Any], step: Callable[..., Any], lora: Any, frozen: Any
+    batches: Iterable[Batch], place: Callable[[Any], Any], step: Callable[..., Any], lora: Any, frozen: Any
 ) -> tuple[float, float]:
     total = weight = 0.0
-    for rows in data.eval_batches(batch_size):
+    for rows in batches:
         loss, count = step(lora, frozen, place({name: values[None] for name, values in rows.items()}))
         total, weight = total + float(loss), weight + float(count)
     return total, weight

@@ -85,7 +85,7 @@ def resolve_dtype(name: str = "auto") -> jnp.dtype:
     """
     if name != "auto":
         return jnp.dtype(_DTYPES[name])
-    device = jax.devices()[0]
+    device = jax.local_devices()[0]
     if device.platform == "cpu":
         return jnp.dtype(jnp.float32)
     if device.platform == "gpu" and float(device.compute_capability) < 8.0:

@@ -22,13 +22,13 @@ def tree_bytes(tree: Any) -> int:
 
 def device_peak() -> int | None:
     """The allocator's peak of the first device, in bytes; None where the device keeps no such count (a CPU)."""
-    stats = jax.devices()[0].memory_stats()
+    stats = jax.local_devices()[0].memory_stats()
     return stats.get("peak_bytes_in_use") if stats else None
 
 
 def device_limit() -> int | None:
     """The most that the allocator of the first device gives, in bytes; None where it has no such limit."""
-    stats = jax.devices()[0].memory_stats()
+    stats = jax.local_devices()[0].memory_stats()
     return stats.get("bytes_limit") if stats else None
 
 

@@ -22,7 +22,7 @@ from jaxtune.errors import UserError
 from jaxtune.lora import GROUP_OF_LINEAR
 from jaxtune.models.config import DecoderConfig
 from jaxtune.parts import AXES, ROW_PARALLEL, Parts
-from jaxtune.step import TrainState, replicated, state_sharding
+from jaxtune.step import TrainState, batch_sharding, replicated, state_sharding
 from pallas_kernels.cross_entropy import Vocabulary
 from pallas_kernels.nf4 import NF4Tensor
 from pallas_kernels.nf4.reference import decode_scales
@@ -99,6 +99,30 @@ def _placed(leaf: Any, sharding: NamedSharding) -> Any:
     host = np.asarray(leaf)
     # Of several processes each makes the parts that its own devices hold.
     return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+
+def own_rows(mesh: Mesh, batch_size: int) -> slice:
+    """Which rows of a micro-batch the devices of this process take."""
+    places = batch_sharding(mesh).addressable_devices_indices_map((1, batch_size, mesh.shape["sequence"])).values()
+    rows = [range(batch_size)[place[1]] for place in places if place is not None]
+    return slice(min(part.start for part in rows), max(part.stop for part in rows))
+
+
+def place_batch(batch: Mapping[str, np.ndarray], mesh: Mesh, batch_size: int) -> Any:
+    """A batch on the mesh, [accumulation, batch_size, T], from this process's rows of it."""
+    sharding = batch_sharding(mesh)
+    if sharding.is_fully_addressable:
+        return jax.device_put(batch, sharding)
+    first = own_rows(mesh, batch_size).start
+
+    def one(own: np.ndarray) -> jax.Array:
+        def part(index: Any) -> np.ndarray:
+            rows = range(batch_size)[index[1]]
+            return own[index[0], rows.start - first : rows.stop - first, index[2]]
+
+        return jax.make_array_from_callback((own.shape[0], batch_size, own.shape[2]), sharding, part)
+
+    return {name: one(own) for name, own in batch.items()}
 
 
 def split_linears(frozen: Mapping[str, Any], tensor: int) -> dict[str, Any]:

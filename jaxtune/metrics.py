@@ -50,17 +50,21 @@ class MetricsWriter:
     Each record has `step`, the number of updates done. JSON has no NaN or infinities: they are written as the strings
     "NaN", "Infinity" and "-Infinity", which Python's float() and JavaScript's Number() read back.
 
-    path: the file; its directory is made. resumed_step: None for a new file. Otherwise lines of later steps, and a last
-    line cut short, are removed, so that the file goes on as if the run had not been interrupted; for that a step's
-    records must be written before its checkpoint. trackers: given every record's numbers as well, and closed with the
-    file.
+    path: the file; its directory is made; None for a process that leaves this to another. resumed_step: None for a new
+    file. Otherwise lines of later steps, and a last line cut short, are removed, so that the file goes on as if the run
+    had not been interrupted; for that a step's records must be written before its checkpoint. trackers: given every
+    record's numbers as well, and closed with the file.
     """
 
-    def __init__(self, path: str | Path, resumed_step: int | None = None, trackers: Sequence[Tracker] = ()) -> None:
-        self.path = Path(path)
+    def __init__(
+        self, path: str | Path | None, resumed_step: int | None = None, trackers: Sequence[Tracker] = ()
+    ) -> None:
+        self.path = Path(os.devnull if path is None else path)
         self._trackers = trackers
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        if resumed_step is not None and self.path.exists():
+        if path is None:
+            pass
+        elif resumed_step is not None and self.path.exists():
             _truncate(self.path, resumed_step)
         elif self.path.exists():
             raise UserError(f"{self.path} has another run's metrics; resume that run, or change output.dir")
@@ -132,15 +136,21 @@ class Progress:
     Use as a context manager, so that the terminal is left in order whatever happens. The view moves when it is told
     something; only while a phase lasts a thread turns its spinner.
 
-    log_every: steps between plain lines. console: where to; the default is standard output. clock: seconds.
+    log_every: steps between plain lines. console: where to; the default is standard output. clock: seconds. quiet: show
+    nothing.
     phases: after each `phase`, its duration in seconds by name.
     """
 
     def __init__(
-        self, log_every: int = 1, console: Console | None = None, clock: Callable[[], float] = time.monotonic
+        self,
+        log_every: int = 1,
+        console: Console | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        quiet: bool = False,
     ) -> None:
         self.phases: dict[str, float] = {}
-        self._console = console or Console()
+        self._console = console or Console(quiet=quiet)
         self._log_every = log_every
         self._clock = clock
         self._live: Live | None = None

@@ -1,4 +1,4 @@
-"""A run's output directory: held by one process at a time, and never overwritten unasked."""
+"""A run's output directory: held by one run at a time, and never overwritten unasked."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import logging
 import os
 import shutil
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -18,16 +19,18 @@ from jaxtune.checkpoint import Checkpoints
 from jaxtune.config import RunConfig
 from jaxtune.config_io import determining, dump_yaml, load_config
 from jaxtune.errors import UserError, shown
+from jaxtune.processes import agreed, is_first, several
 
 log = logging.getLogger(__name__)
 
 Resume = bool | Literal["auto"] | None
 _ELSEWHERE = "name another with --set output.dir=..."
 _LOCK = ".lock"
+_SHOWN_SECONDS = 30.0
 
 
 class RunDirectory:
-    """`output.dir` of a run, locked from `__enter__` to `__exit__`.
+    """`output.dir` of a run, locked from `__enter__` to `__exit__`; by the first of its processes.
 
     path: the directory. checkpoints: in it. resumes: whether the run goes on from a checkpoint. restarts: whether it
     replaces what a run of the same configuration left before its first checkpoint.
@@ -49,6 +52,17 @@ class RunDirectory:
         Raises:
             UserError: it cannot be written, another process holds it, or what is in it does not allow the run.
         """
+        if is_first():
+            self._take()
+        held = self.path / _LOCK
+        self.resumes, self.restarts, holder = agreed(
+            [self.resumes, self.restarts, held.read_text() if several() and is_first() else ""]
+        )
+        if not is_first():
+            _wait_for(held, holder)
+        return self
+
+    def _take(self) -> None:
         try:
             self._made = [path for path in (self.path, *self.path.parents) if not path.exists()]
             self.path.mkdir(parents=True, exist_ok=True)
@@ -66,13 +80,14 @@ class RunDirectory:
         except BaseException:
             self._release()
             raise
-        return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._release()
 
     def start(self) -> None:
-        """Write config.yaml, and remove the metrics of a run that is started again."""
+        """Of the first process: write config.yaml, and remove the metrics of a run that is started again."""
+        if not is_first():
+            return
         if self.restarts:
             self.metrics.unlink(missing_ok=True)
         temporary = self.path / ".config.yaml.tmp"
@@ -143,6 +158,18 @@ class RunDirectory:
         for path in self._made:
             with contextlib.suppress(OSError):
                 path.rmdir()
+
+
+def _wait_for(path: Path, text: str) -> None:
+    """Return once a file that process 0 has written shows here; a network's file system may take its time."""
+    deadline = time.monotonic() + _SHOWN_SECONDS
+    while not (path.exists() and path.read_text() == text):
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"process 0 holds output.dir {path.parent}, and {socket.gethostname()} does not see what it writes "
+                "there; set output.dir to a directory that all hosts share"
+            )
+        time.sleep(0.1)
 
 
 def _lock(path: Path) -> int:

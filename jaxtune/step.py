@@ -103,7 +103,7 @@ def batch_loss(lora: Tree, frozen: Tree, batch: Batch, config: StepConfig, dropo
     batch: tokens, targets, positions, segment_ids (int32 [B, T]) and loss_weights (float32 [B, T]); and embedded
     [B, T, D], the tokens' rows of the embedding table, where `frozen` has none.
     """
-    memory_kinds = {memory.kind for memory in jax.devices()[0].addressable_memories()}
+    memory_kinds = {memory.kind for memory in jax.local_devices()[0].addressable_memories()}
     remat = remat_wrapper(config.remat, memory_kinds, unrolled=config.unroll)
     decoder, vocabulary = config.decoder, None
     if config.parts is not None:

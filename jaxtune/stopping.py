@@ -31,13 +31,11 @@ class StopRequests:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def interrupted(self, step: int, total_steps: int) -> Interrupted:
-        """What to raise once everything up to `step` is saved."""
-        assert self.received is not None
+    def interrupted(self, received: int, step: int, total_steps: int) -> Interrupted:
+        """What to raise for a signal, here or in another process, once everything up to `step` is saved."""
+        number = signal.Signals(received)
         state = f"after step {step} of {total_steps}, which is saved" if step else "before the first update"
-        return Interrupted(
-            self.received, f"stopped by {self.received.name} {state}; the same command with --resume auto continues"
-        )
+        return Interrupted(number, f"stopped by {number.name} {state}; the same command with --resume auto continues")
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.received is not None:

@@ -23,7 +23,7 @@ import numpy as np
 from jaxtune.base import BaseModel, find_base
 from jaxtune.checkpoint import Checkpoints, check_compatible, run_meta
 from jaxtune.config import RunConfig
-from jaxtune.config_io import check_files, to_dict
+from jaxtune.config_io import check_files, fingerprint, to_dict
 from jaxtune.data.dataset import Dataset, build, eval_sets
 from jaxtune.data.loader import Loader, Position, Prefetch
 from jaxtune.data.report import describe_all
@@ -34,19 +34,20 @@ from jaxtune.errors import UserError
 from jaxtune.evaluation import check_rouge, held_out, match_answers, questions
 from jaxtune.export import save_peft_adapter
 from jaxtune.host_embedding import HostEmbedding
+from jaxtune.launch import Launch
 from jaxtune.loading import read_hf_config
 from jaxtune.lora import count_parameters, init_lora
 from jaxtune.memory import check_fits, device_peak, fits, out_of_memory, tree_bytes
-from jaxtune.mesh import check_mesh, place_frozen, place_state
+from jaxtune.mesh import check_mesh, own_rows, place_batch, place_frozen, place_state
 from jaxtune.metrics import MetricsWriter, Progress, format_bytes, host_peak_rss, host_rss
 from jaxtune.optim import make_optimizer, make_schedule
 from jaxtune.planning import check_plan
 from jaxtune.preflight import check_devices, check_embedding, check_vocabulary, count_steps
+from jaxtune.processes import check_same, everywhere, is_first, joined, largest, own_copy, whole
 from jaxtune.report import write_report
 from jaxtune.run_directory import Resume, RunDirectory
 from jaxtune.samples import answer, encode_prompt
 from jaxtune.step import (
-    batch_sharding,
     init_state,
     jit_eval_step,
     jit_train_step,
@@ -69,12 +70,15 @@ class Outcome:
     eval_loss: float | None
 
 
-def run(config: RunConfig, *, resume: Resume = False) -> Outcome:
-    """`train` with what belongs to a command: the display, and the compile cache, which is the whole process's."""
+def run(config: RunConfig, *, resume: Resume = False, launch: Launch | None = None) -> Outcome:
+    """`train` with what belongs to a command: the display, the compile cache, which is the whole process's, and the
+    other processes of the run (`launch`)."""
     limit_memory(config.train.memory_limit)
     if config.output.compile_cache is not None:
         jax.config.update("jax_compilation_cache_dir", str(Path(config.output.compile_cache).expanduser()))
-    with Progress(config.train.logging_steps) as progress:
+    with joined(launch), Progress(config.train.logging_steps, quiet=not is_first()) as progress:
+        if launch is not None:
+            progress.note(f"{launch.describe()}; {jax.device_count()} devices in all")
         return train(config, resume=resume, progress=progress)
 
 
@@ -142,7 +146,8 @@ def fit(
         progress.note(
             f"data.max_length {config.data.max_length} is beyond the model's {decoder.max_position} positions"
         )
-    loader = Loader(train_data, settings.batch_size, settings.gradient_accumulation_steps, settings.seed)
+    share = own_rows(mesh, settings.batch_size)
+    loader = Loader(train_data, settings.batch_size, settings.gradient_accumulation_steps, settings.seed, share=share)
     total_steps = count_steps(settings, loader)
 
     # Adapter and optimizer, new or from a checkpoint: what forbids to resume also shows before the weights are read.
@@ -151,6 +156,7 @@ def fit(
     state = init_state(lora, optimizer, settings.seed, base.dtype)
     state = place_state(state, mesh, paged=settings.is_paged)
     contents = train_data.fingerprint, base.fingerprint, base.dtype.name
+    check_same(configuration=fingerprint(config), training_data=train_data.fingerprint, base_model=base.fingerprint)
     meta, position = run_meta(config, *contents), Position()
     if directory.resumes:
         state, meta_then = checkpoints.restore_latest(
@@ -184,7 +190,7 @@ def fit(
     def place(batch: dict[str, np.ndarray]) -> Any:
         if embedding is not None:
             batch = embedding.with_rows(batch)
-        return jax.device_put(batch, batch_sharding(mesh))
+        return place_batch(batch, mesh, settings.batch_size)
 
     host_batch, after_batch = next(loader.batches(position))
     batch = place(host_batch)
@@ -195,23 +201,25 @@ def fit(
             step = jitted.lower(state, frozen, batch).compile()
         memory["activations, gradients and logits"] = step_bytes = step.memory_analysis().temp_size_in_bytes
         progress.note(f"one step with remat {policy} holds {format_bytes(step_bytes)} beside weights and state")
-        if fits(memory):
+        if everywhere(fits(memory)):
             break
     check_fits(memory, config)
     eval_step = jit_eval_step(step_config, mesh)
 
     def evaluate() -> dict[str, float]:
-        values = held_out(held_out_sets, settings.batch_size, place, eval_step, state.lora, frozen)
-        if asked:
-            whole = frozen if embedding is None else embedding.whole()
-            generator = Generator(whole, state.lora, decoder, step_config.adaptation, base.dtype)
+        values = held_out(held_out_sets, settings.batch_size, place, eval_step, state.lora, frozen, share)
+        if asked and is_first():
+            weights = own_copy(frozen) if embedding is None else embedding.whole()
+            generator = Generator(weights, own_copy(state.lora), decoder, step_config.adaptation, base.dtype)
             values |= match_answers(asked, generator, base.tokenizer, settings.batch_size, settings.eval_answer_tokens)
         return values
 
     def sample(when: str) -> None:
-        whole = embedding.whole() if prompts and embedding is not None else frozen
+        if not prompts or not is_first():
+            return
+        weights = own_copy(frozen) if embedding is None else embedding.whole()
         for prompt, ids in prompts.items():
-            text = answer(whole, state.lora, base.tokenizer, ids, step_config, output.sample_tokens)
+            text = answer(weights, own_copy(state.lora), base.tokenizer, ids, step_config, output.sample_tokens)
             progress.note(f"[{when}] {prompt}\n    {text}")
             metrics.write(int(state.step), sample=when, prompt=prompt, answer=text)
 
@@ -225,9 +233,10 @@ def fit(
 
     # The loop.
     directory.start()
-    trackers = open_trackers(output.report_to, directory.path, to_dict(config))
+    trackers = open_trackers(output.report_to if is_first() else (), directory.path, to_dict(config))
+    records = directory.metrics if is_first() else None
     with (
-        MetricsWriter(directory.metrics, first_step if directory.resumes else None, trackers) as metrics,
+        MetricsWriter(records, first_step if directory.resumes else None, trackers) as metrics,
         out_of_memory("training", memory, config),
         StopRequests() as stop,
         Prefetch(loader.batches(after_batch)) as batches,
@@ -248,12 +257,12 @@ def fit(
         first_eval_loss, tokens, elapsed_total = eval_loss, 0, 0.0
         progress.start(total_steps, first_step)
         for done in range(first_step + 1, total_steps + 1):
-            if stop.received is not None:
+            if received := largest(stop.received or 0):
                 save()
-                raise stop.interrupted(int(state.step), total_steps)
+                raise stop.interrupted(received, int(state.step), total_steps)
             started = time.perf_counter()
             state, scalars = step(state, frozen, batch)
-            batch_tokens, position = int(np.count_nonzero(host_batch["segment_ids"])), after_batch
+            batch_tokens, position = loader.tokens(position), after_batch
             if done < total_steps:
                 host_batch, after_batch = next(batches)
                 batch = place(host_batch)
@@ -278,9 +287,11 @@ def fit(
         save()
 
     # What the run leaves.
-    adapter = directory.path / "adapter"
+    adapter, lora = directory.path / "adapter", whole(state.lora)
+    if not is_first():
+        return Outcome(adapter, lora, int(state.step), eval_loss)
     with directory.replacing("adapter") as temporary:
-        save_peft_adapter(temporary, state.lora, config.lora, base.source, decoder=base.decoder)
+        save_peft_adapter(temporary, lora, config.lora, base.source, decoder=base.decoder)
     progress.summary(
         {
             "held-out loss": _change(first_eval_loss, eval_loss),
@@ -291,7 +302,7 @@ def fit(
             "report": str(write_report(directory.path)),
         }
     )
-    return Outcome(adapter, state.lora, int(state.step), eval_loss)
+    return Outcome(adapter, lora, int(state.step), eval_loss)
 
 
 def _check_finite(step: int, values: Mapping[str, float], checkpoints: Checkpoints) -> None:

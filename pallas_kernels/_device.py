@@ -41,7 +41,7 @@ def compute_capability() -> float | None:
     """
     if (assumed := _assumed.get()) is not None:
         return assumed[0]
-    device = jax.devices()[0]
+    device = jax.local_devices()[0]
     if device.platform != "gpu":
         target = jax.sharding.get_abstract_mesh().abstract_device
         return None if target is None else _CAPABILITIES.get(target.device_kind)

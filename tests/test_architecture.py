@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "jaxtune.config": "jaxtune.config_checks jaxtune.errors",
     "jaxtune.config_checks": "jaxtune.errors",
     "jaxtune.config_io": "jaxtune.config jaxtune.config_checks jaxtune.errors yaml",
-    "jaxtune.command": "jaxtune.config_io jaxtune.errors",
+    "jaxtune.command": "jaxtune.config_io jaxtune.errors jaxtune.launch",
     "jaxtune.data": "jaxtune.data jaxtune.config jaxtune.errors numpy jaxtyping datasets transformers jinja2 grain",
     "jaxtune.data.__main__": "jaxtune.data jaxtune.config jaxtune.config_io jaxtune.errors jaxtune.loading rich",
     "jaxtune.models": "jaxtune.models jaxtune.linear jaxtune.parts jaxtune.errors pallas_kernels jax numpy jaxtyping",

@@ -82,12 +82,16 @@ class Dataset:
         """The largest token id."""
         return max(int(document.tokens.max()) for document in self.documents)
 
-    def eval_batches(self, batch_size: int) -> Iterator[Batch]:
-        """Every document once, in order, by field name, each [batch_size, T]; the last batch is filled with padding."""
+    def eval_batches(self, batch_size: int, share: slice = slice(None)) -> Iterator[Batch]:
+        """Every document once, in order, by field name, each [batch_size, T]; the last batch is filled with padding.
+
+        share: which rows of each are laid out, where other processes have the rest.
+        """
         plan = self.rows
         for start in range(0, len(plan), batch_size):
             rows = [plan.row(row) for row in range(start, min(start + batch_size, len(plan)))]
-            yield lay_out(self.documents, rows + [[]] * (batch_size - len(rows)), self.max_length)
+            filled = rows + [[]] * (batch_size - len(rows))
+            yield lay_out(self.documents, filled[share], self.max_length)
 
 
 def build(

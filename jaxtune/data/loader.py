@@ -36,11 +36,15 @@ class Loader:
     where there are fewer rows than a step takes, the step takes rows of several epochs.
     """
 
-    def __init__(self, data: Dataset, batch_size: int, accumulation: int, seed: int) -> None:
-        """batch_size: rows per micro-batch. accumulation: micro-batches per step."""
+    def __init__(
+        self, data: Dataset, batch_size: int, accumulation: int, seed: int, *, share: slice = slice(None)
+    ) -> None:
+        """batch_size: rows per micro-batch. accumulation: micro-batches per step. share: which rows of each micro-batch
+        are laid out, where other processes have the rest."""
         self.data = data
         self.shape = (accumulation, batch_size)
         self.seed = seed
+        self.share = share
         self._plan = functools.lru_cache(maxsize=2)(self._make_plan)
 
     @property
@@ -80,12 +84,21 @@ class Loader:
                 position = Position(position.epoch + 1, 0)
 
     def batches(self, position: Position = Position()) -> Iterator[tuple[Batch, Position]]:
-        """Batches without end from a position on, each [accumulation, batch_size, T], and the position after each."""
+        """Batches without end from a position on, each [accumulation, batch_size, T] or the share of it, and the
+        position after each."""
         rows = self.rows(position)
         while True:
             taken = list(itertools.islice(rows, math.prod(self.shape)))
-            batch = lay_out(self.data.documents, [row for row, _ in taken], self.data.max_length)
-            yield {name: values.reshape(*self.shape, -1) for name, values in batch.items()}, taken[-1][1]
+            accumulation, size = self.shape
+            own = [row for n in range(accumulation) for row, _ in taken[n * size : (n + 1) * size][self.share]]
+            batch = lay_out(self.data.documents, own, self.data.max_length)
+            shape = accumulation, len(own) // accumulation, -1
+            yield {name: values.reshape(shape) for name, values in batch.items()}, taken[-1][1]
+
+    def tokens(self, position: Position) -> int:
+        """Tokens in the whole batch that begins at a position, padding left out."""
+        rows = itertools.islice(self.rows(position), math.prod(self.shape))
+        return sum(int(self.data.documents.lengths[row].sum()) for row, _ in rows)
 
     def _make_plan(self, epoch: int) -> RowPlan:
         data = self.data
