@@ -28,7 +28,9 @@ def start_processes(
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "HF_HOME": str(logs / "hf"),
         "PYTHONPATH": os.pathsep.join([str(ROOT), kept.get("PYTHONPATH", "")]),
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} --xla_cpu_multi_thread_eigen=false",
+        # What these programs take is compiled, not computed.
+        "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
+        f"--xla_force_host_platform_device_count={devices}",
     }
     address = f"127.0.0.1:{free_port()}"
     started = []
