@@ -224,26 +224,33 @@ def run_meta(config: RunConfig, data: str, model: str, dtype: str, **extra: Any)
 
 
 def check_compatible(meta: Mapping[str, Any], config: RunConfig, data: str, model: str, dtype: str) -> None:
-    """Raise UserError, naming every difference, where going on from `meta` would not continue the same run."""
+    """Raise UserError, naming every difference, where going on from `meta` would not continue the same run.
+
+    With `data.accept_changed`, other data are no difference.
+    """
     try:
         saved, contents = from_dict(meta["config"]), meta["contents"]
         pairs: list[tuple[str, Any, Any]] = [
-            ("the data's content", contents["data"], data),
             ("the base model's content", contents["model"], model),
+            ("the compute dtype (model.dtype)", contents["dtype"], dtype),
         ]
-        pairs += [("the compute dtype (model.dtype)", contents["dtype"], dtype)]
+        if not config.data.accept_changed:
+            pairs.append(("the data's content", contents["data"], data))
         rows = "the rows of a step (train.batch_size x train.gradient_accumulation_steps)"
         pairs += [(rows, saved.train.rows_per_step, config.train.rows_per_step)]
     except (UserError, KeyError) as error:
         raise UserError(f"cannot resume: this release does not read the checkpoint's configuration: {error}") from error
     keys = (determining(saved).keys() | determining(config).keys()) - _COMPARED_OTHERWISE
+    if config.data.accept_changed:
+        keys = {key for key in keys if not key.startswith("data.")}
     changes = [f"{key}: {then!r} then, {now!r} now" for key, (then, now) in diff(saved, config).items() if key in keys]
     changes += [f"{name}: {then} then, {now} now" for name, then, now in pairs if then != now]
     if changes:
         lines = "\n  ".join(changes)
+        hint = "" if contents["data"] == data else "With data.accept_changed: true a run goes on with other data. "
         raise UserError(
             f"cannot resume: the checkpoint of step {meta['step']} is of a run that differs in\n  {lines}\n"
-            "Undo these changes, or start a new run in another output.dir"
+            f"{hint}Undo these changes, or start a new run in another output.dir"
         )
 
 

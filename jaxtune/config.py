@@ -127,6 +127,8 @@ class DataConfig:
     never_learn: regular expressions; what they find in a document's text is not learnt.
     on_bad_record: error stops at the first record that cannot be used; skip counts and reports them.
     max_length: tokens per row. packing: several documents in a row, which never attend to each other.
+    accept_changed: let a run that is resumed go on with other data, or with other settings of this section; they are
+        begun at the start of an epoch.
     overlong: what happens to a document longer than max_length: error, drop, truncate, or split into several.
     shuffle: a new order of documents in each epoch, from train.seed.
     """
@@ -152,6 +154,7 @@ class DataConfig:
     on_bad_record: Literal["error", "skip"] = "error"
     max_length: int = 2048
     packing: bool = True
+    accept_changed: bool = False
     overlong: Literal["error", "drop", "truncate", "split"] = "error"
     shuffle: bool = True
 

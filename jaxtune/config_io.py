@@ -25,6 +25,7 @@ MODEL_SUFFIXES = (".gguf",)
 # same sums are arranged in memory (which moves them by rounding only).
 _NO_NUMBERS = {
     "model.local_files_only",
+    "data.accept_changed",
     "data.eval",
     "data.eval_split",
     "data.streaming",

@@ -14,7 +14,14 @@ _WANTED = ["*.safetensors", "*.json", "*.jinja", "tokenizer*", "merges.txt", "vo
 _UNWANTED = ["*/*", "consolidated*", "adapter_*"]
 
 
-def fetch(repo_id: str, revision: str | None, *, local_files_only: bool, check: Callable[[Path], object]) -> Path:
+def fetch(
+    repo_id: str,
+    revision: str | None,
+    *,
+    local_files_only: bool,
+    check: Callable[[Path], object],
+    weights: bool = True,
+) -> Path:
     """Bring a model into the hub's cache, or find it there.
 
     `HF_HUB_OFFLINE`, `HF_ENDPOINT`, `HF_HOME` and the rest of the hub's settings hold.
@@ -24,6 +31,7 @@ def fetch(repo_id: str, revision: str | None, *, local_files_only: bool, check: 
         revision: branch, tag or commit; None for the main branch.
         local_files_only: never ask the hub.
         check: called with config.json's path before any weight is fetched; raises to stop.
+        weights: with False, what is fetched is the config and the tokenizer.
 
     Returns:
         The snapshot's directory; its name is the commit.
@@ -42,11 +50,11 @@ def fetch(repo_id: str, revision: str | None, *, local_files_only: bool, check: 
             revision=commit,
             local_files_only=local_files_only,
             allow_patterns=_WANTED,
-            ignore_patterns=_UNWANTED,
+            ignore_patterns=_UNWANTED if weights else [*_UNWANTED, "*.safetensors"],
         )
     except (errors.HTTPError, OSError) as error:
         raise UserError(_explain(error, repo_id, revision)) from error
-    if not any(Path(snapshot).glob("*.safetensors")):
+    if weights and not any(Path(snapshot).glob("*.safetensors")):
         raise UserError(
             f"model.name_or_path {repo_id!r}: no safetensors weights in {snapshot}. Pickled weights are not fetched: "
             "opening them can run any code. Name a model or a model.revision that has safetensors; if the cache holds "

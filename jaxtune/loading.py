@@ -85,16 +85,15 @@ def resolve_dtype(name: str = "auto") -> jnp.dtype:
     """
     if name != "auto":
         return jnp.dtype(_DTYPES[name])
-    device = jax.local_devices()[0]
-    if device.platform == "cpu":
+    if (device := jax.local_devices()[0]).platform == "cpu":
         return jnp.dtype(jnp.float32)
     if device.platform == "gpu" and float(device.compute_capability) < 8.0:
         return jnp.dtype(jnp.float16)
     return jnp.dtype(jnp.bfloat16)
 
 
-def resolve_source(config: ModelConfig) -> Source:
-    """Find the files of a base model, fetching them from the hub where they are not here.
+def resolve_source(config: ModelConfig, *, weights: bool = True) -> Source:
+    """Find the files of a base model, fetching from the hub what is not here: without `weights`, config and tokenizer.
 
     `model.name_or_path` is `package:PACKAGE/FILE`, an existing directory or `.gguf` file, or else a hub id.
 
@@ -117,7 +116,8 @@ def resolve_source(config: ModelConfig) -> Source:
             f"model.name_or_path {name!r}: {path} is neither a directory nor a .gguf file; correct the path"
         )
     else:
-        path = hub.fetch(name, config.revision, local_files_only=config.local_files_only, check=_check_config_file)
+        cached, check = config.local_files_only, _check_config_file
+        path = hub.fetch(name, config.revision, local_files_only=cached, check=check, weights=weights)
         source = Source(name, path, commit=path.name)
     return source
 

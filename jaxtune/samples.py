@@ -81,6 +81,23 @@ def stop_ids(tokenizer: PreTrainedTokenizerFast, *configs: Mapping[str, Any]) ->
     return tuple(sorted(found))
 
 
+def end_of_text(
+    tokenizer: PreTrainedTokenizerFast, ids: Sequence[int], stop: Sequence[str], start: int = 0
+) -> int | None:
+    """How many ids there are up to and with the one that completes a stop string; None where none does.
+
+    start: of these it is known that they hold none. Special tokens count as text, as in transformers' `stop_strings`.
+    """
+
+    def stopped(count: int) -> bool:
+        text = str(tokenizer.decode(ids[:count], skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        return any(string in text for string in stop)
+
+    if not stop or not stopped(len(ids)):
+        return None
+    return next(count for count in range(start + 1, len(ids) + 1) if stopped(count))
+
+
 class TextStream:
     """One row's tokens to text, as it becomes certain.
 

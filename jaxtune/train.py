@@ -164,6 +164,12 @@ def fit(
         )
         position = Position(**meta_then["data_position"])
         progress.note(f"resumed after step {int(state.step)}")
+        if meta_then["contents"]["data"] != train_data.fingerprint:
+            position = Position(position.epoch + 1)
+            progress.note(
+                f"the data have changed (data.accept_changed): the place in the data before is given up, and step "
+                f"{int(state.step) + 1} of {total_steps} begins an epoch of these"
+            )
     elif directory.restarts:
         progress.note(f"started again: the start before this one left no checkpoint in {directory.path}")
     first_step = int(state.step)
@@ -296,7 +302,7 @@ def fit(
         {
             "held-out loss": _change(first_eval_loss, eval_loss),
             "tokens per second": f"{tokens / elapsed_total:,.0f}" if elapsed_total else "-",
-            "peak memory": f"device {format_bytes(device_peak() or 0)}, host {format_bytes(host_peak_rss())}",
+            "peak memory": _peaks(),
             "adapter": str(adapter),
             "metrics": str(directory.metrics),
             "report": str(write_report(directory.path)),
@@ -313,6 +319,12 @@ def _check_finite(step: int, values: Mapping[str, float], checkpoints: Checkpoin
         saved = checkpoints.latest()
         kept = "there is no checkpoint" if saved is None else f"the newest checkpoint is of step {saved}"
         raise UserError(f"step {step}: {' and '.join(bad)} not finite; {kept}. Lower train.learning_rate")
+
+
+def _peaks() -> str:
+    """Peaks of device and host; of the host alone where the device's memory is the host's, or is not counted."""
+    device = device_peak()
+    return (f"device {format_bytes(device)}, " if device else "") + f"host {format_bytes(host_peak_rss())}"
 
 
 def _change(before: float | None, after: float | None) -> str:

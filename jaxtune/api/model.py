@@ -22,6 +22,7 @@ from jaxtune.generate import model_stop_ids
 from jaxtune.linear import Adaptation
 from jaxtune.loading import read_hf_config, tensors_of
 from jaxtune.lora import adaptation, count_parameters, init_lora
+from jaxtune.samples import end_of_text
 from jaxtune.sampling import Sampling
 
 GENERATE: dict[str, Foreign] = {
@@ -29,7 +30,7 @@ GENERATE: dict[str, Foreign] = {
     "num_return_sequences": refused("repeat the prompt instead", 1),
     "generation_config": refused("give the settings as arguments"),
     "logits_processor": refused("the filters are those of the arguments", []),
-    "stopping_criteria": refused("use eos_token_id, or `python -m jaxtune.generate --stop`", []),
+    "stopping_criteria": refused("use eos_token_id or stop_strings", []),
     "no_repeat_ngram_size": refused("use repetition_penalty", 0),
     "length_penalty": refused("it belongs to beam search", 1.0),
     "min_new_tokens": refused("an answer ends where the model ends it", 0),
@@ -38,7 +39,7 @@ GENERATE: dict[str, Foreign] = {
     "use_cache": ignored("keys and values are always kept", True),
     "pad_token_id": ignored("rows that end early are filled up with the tokenizer's padding token"),
     "cache_implementation": ignored("the cache has a fixed size"),
-    "stop_strings": refused("use eos_token_id, or `python -m jaxtune.generate --stop`"),
+    "tokenizer": ignored("the model's own is used"),
     "synced_gpus": ignored("a model is on one device", False),
     "token_type_ids": ignored("causal models have no token types"),
 }
@@ -82,6 +83,7 @@ class Model:
         min_p: float | None = None,
         repetition_penalty: float = 1.0,
         eos_token_id: int | Sequence[int] | None = None,
+        stop_strings: str | Sequence[str] | None = None,
         seed: int = 0,
         streamer: Any = None,
         **others: Any,
@@ -96,6 +98,7 @@ class Model:
                 is 256 new ones. do_sample: None draws if any of temperature, top_k, top_p and min_p is
                 given, and else takes the most likely token. repetition_penalty, seed: see jaxtune.sampling.
             eos_token_id: tokens that end a row; None for those that the tokenizer and the model's files name.
+            stop_strings: a row ends with the token that completes one of these in what was made.
             streamer: transformers' TextStreamer, or anything with put(ids) and end(); for one prompt.
 
         Returns:
@@ -104,7 +107,7 @@ class Model:
         Raises:
             UserError: arguments that do not fit together, or that have no counterpart.
         """
-        settle("generate", others, GENERATE, ("input_ids", "max_new_tokens", "temperature", "top_p", "seed"))
+        settle("generate", others, GENERATE, ("input_ids", "max_new_tokens", "temperature", "stop_strings", "seed"))
         if isinstance(input_ids, Mapping):
             attention_mask = input_ids.get("attention_mask", attention_mask)
             input_ids = input_ids.get("input_ids")
@@ -135,6 +138,9 @@ class Model:
             stops = model_stop_ids(tokenizer, self.base.source)
         else:
             stops = (eos_token_id,) if isinstance(eos_token_id, int) else tuple(eos_token_id)
+        strings = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings or ())
+        if not all(isinstance(string, str) and string for string in strings):
+            raise UserError(f"generate: stop_strings is {shown(stop_strings)}; give texts that are not empty")
         prompts = [row[kept != 0].tolist() for row, kept in zip(ids, mask)]
         rows: list[list[int]] = [[] for _ in prompts]
         if streamer is not None:
@@ -142,12 +148,21 @@ class Model:
         pieces = self.generator().stream(
             prompts, max_new_tokens=max_new_tokens, sampling=sampling, stop_ids=stops, keep_stop=True
         )
+        ended = [False] * len(rows)
         for news in pieces:
-            for row, new in zip(rows, news):
+            for at, (row, new) in enumerate(zip(rows, news)):
+                if ended[at]:
+                    continue
+                known = len(row)
                 row += new
-            if streamer is not None:
-                for token in news[0]:
-                    streamer.put(np.array([token]))
+                end = end_of_text(tokenizer, row, strings, known)
+                row[:] = row[:end]
+                ended[at] = end is not None or (len(row) > 0 and row[-1] in stops)
+                if streamer is not None:
+                    for token in row[known:]:
+                        streamer.put(np.array([token]))
+            if all(ended):
+                break
         if streamer is not None:
             streamer.end()
         fill = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)

@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _preview(config: RunConfig, split: str, count: int, page: Path | None) -> None:
     if count < 0:
         raise UserError(f"--n is {count}; set it to 0 or more")
-    tokenizer = load_tokenizer(resolve_source(config.model))
+    tokenizer = load_tokenizer(resolve_source(config.model, weights=False))
     sets = {"train": build(config.data, tokenizer), **eval_sets(config.data, tokenizer)}
     if split not in sets:
         raise UserError(f"--split {split}: the run has {', '.join(sets)}; choose one of them")

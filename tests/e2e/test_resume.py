@@ -130,6 +130,22 @@ def test_a_step_may_be_cut_otherwise(write_run: WriteRun, tmp_path: Path, run_ma
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-4)
 
 
+def test_other_data_are_accepted_where_it_is_said(
+    interrupted: Path, copy: Path, tmp_path: Path, run_main: Main
+) -> None:
+    """Their first epoch begins at once; what is computed says so in the checkpoint, and a further resume is exact."""
+    records = (interrupted / "train.jsonl").read_text()
+    (tmp_path / "other.jsonl").write_text(records.replace("blue", "bleu"))
+    settings = (f"output.dir={copy}", f"data.train={tmp_path / 'other.jsonl'}", "data.accept_changed=true")
+    status, err = run_main(
+        "--config", interrupted / "run.yaml", "--resume", *(x for setting in settings for x in ("--set", setting))
+    )
+    assert status == 0, err
+    meta = json.loads((copy / "checkpoints" / "6" / "meta.json").read_text())["record"]["meta"]
+    assert meta["data_position"]["epoch"] >= 1
+    assert [record["step"] for record in computed(copy) if "loss" in record] == [1, 2, 3, 4, 5, 6]
+
+
 def test_files_may_move(
     interrupted: Path, copy: Path, base_model: Path, tmp_path: Path, run_main: Main, no_training: None
 ) -> None:

@@ -52,6 +52,26 @@ def test_rows_end_with_their_stop_token(loaded: tuple[Model, Any]) -> None:
     assert (ended[0, end + 1 :] == tokenizer.eos_token_id).all()
 
 
+def test_rows_end_with_a_stop_string(loaded: tuple[Model, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    """Each row with the token that completes it, wherever the texts of tokens begin and end."""
+    model, tokenizer = loaded
+    free = model.generate([[5], [7]], max_new_tokens=40, eos_token_id=[])[:, 1:]
+    texts = [[tokenizer.decode(row[:n]) for n in range(41)] for row in free]
+    stop = texts[0][20][-3:]
+    ended = model.generate([[5], [7]], max_new_tokens=40, eos_token_id=[], stop_strings=["nowhere at all", stop])[:, 1:]
+    lengths = [next((n for n in range(41) if stop in row[n]), 40) for row in texts]
+    assert lengths[0] <= 20
+    assert ended.shape[1] == max(lengths)
+    for row, expected, length in zip(ended, free, lengths):
+        assert row[:length].tolist() == expected[:length].tolist()
+        assert (row[length:] == tokenizer.eos_token_id).all()
+    streamer = TextStreamer(tokenizer, skip_prompt=True)
+    model.generate([5], max_new_tokens=40, eos_token_id=[], stop_strings=stop, streamer=streamer)
+    assert capsys.readouterr().out.rstrip("\n") == texts[0][lengths[0]].rstrip("\n")
+    with pytest.raises(UserError, match=r"stop_strings is \[''\]; give texts"):
+        model.generate([[5]], stop_strings=[""])
+
+
 def test_streams(loaded: tuple[Model, Any], capsys: pytest.CaptureFixture[str]) -> None:
     model, tokenizer = loaded
     inputs = tokenizer("What colour", return_tensors="np")

@@ -43,7 +43,8 @@ from jaxtune.errors import UserError
 from jaxtune.loading import resolve_source
 for arguments in json.loads(sys.argv[1]):
     try:
-        source = resolve_source(ModelConfig(**arguments))
+        weights = arguments.pop("weights", True)
+        source = resolve_source(ModelConfig(**arguments), weights=weights)
         files = sorted(str(file.relative_to(source.path)) for file in source.path.rglob("*"))
         print(json.dumps({"files": files, "commit": source.commit, "name": source.name}))
     except (UserError, NotImplementedError) as error:
@@ -141,8 +142,10 @@ def resolve(home: Path, port: int, *models: dict, **environment: str) -> list[di
 
 def test_fetches_what_is_needed_then_works_offline(tmp_path: Path, hub: ThreadingHTTPServer) -> None:
     log = hub.RequestHandlerClass.log
-    (first,) = resolve(tmp_path, hub.server_port, {"name_or_path": "someone/tiny"})
+    models = [{"name_or_path": "someone/tiny", "weights": weights} for weights in (False, True)]
+    preview, first = resolve(tmp_path, hub.server_port, *models)
     expected = ["chat_template.jinja", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
+    assert preview["files"] == [name for name in expected if name != "model.safetensors"]
     assert first == {"files": expected, "commit": COMMIT, "name": "someone/tiny"}
     assert "config.json" in next(line for line in log if line.startswith("GET"))
     assert not any(word in line for line in log for word in ("pytorch_model", "consolidated", "original/", "README"))
