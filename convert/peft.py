@@ -256,7 +256,7 @@ def load_adapter(
     try:
         config = dict(json.loads((directory / CONFIG_NAME).read_text(encoding="utf-8")))
         rank, alpha = int(config["r"]), float(config.get("lora_alpha", 8))
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise ValueError(f"{directory / CONFIG_NAME}: not a LoRA config ({error!r}); save the adapter again") from error
     for field, neutral in _NEUTRAL.items():
         if config.get(field, neutral[0]) not in neutral:

@@ -171,7 +171,7 @@ def _read_header(file: Path) -> dict[str, tuple[TensorInfo, int]]:
             (*map(int, entry["data_offsets"]), name, str(entry["dtype"]), tuple(map(int, entry["shape"])))
             for name, entry in header.items()
         )
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise ValueError(f"{file}: the safetensors header is damaged ({error!r}); download the file again") from error
     tensors = {}
     expected_start = 0

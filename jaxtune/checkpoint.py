@@ -11,6 +11,7 @@ name is complete.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
@@ -54,13 +55,14 @@ class CorruptCheckpointError(UserError):
 class Checkpoints:
     """The checkpoints of one run.
 
-    directory: made when first saved to. keep_last: complete checkpoints kept, at least 1.
+    directory: made when first saved to. keep_last: the newest complete checkpoints that are kept, at least 1.
+    keep_best: those kept beside them, with the lowest `eval_loss` in their meta.
     """
 
-    def __init__(self, directory: str | Path, keep_last: int = 2) -> None:
+    def __init__(self, directory: str | Path, keep_last: int = 2, keep_best: int = 0) -> None:
         assert keep_last >= 1, keep_last
         self.directory = Path(directory).expanduser().absolute()
-        self.keep_last = keep_last
+        self.keep_last, self.keep_best = keep_last, keep_best
 
     def steps(self) -> list[int]:
         """Steps with a complete checkpoint, in order."""
@@ -73,7 +75,7 @@ class Checkpoints:
     def save(self, step: int, state: Any, meta: Mapping[str, Any]) -> Path:
         """Write `state`, any pytree of arrays, and `meta`, any JSON. On return it is on the disk and is the latest.
 
-        Only then are older checkpoints thinned to `keep_last`, and later ones deleted, which belong to a continuation
+        Only then are older checkpoints thinned to those to keep, and later ones deleted, which belong to a continuation
         that a resume from an earlier step has abandoned. Keys of jax.random are stored as their raw data.
         """
         path, temporary = self.directory / str(step), self.directory / f"{_TEMPORARY}{step}"
@@ -109,10 +111,19 @@ class Checkpoints:
                 f"cannot write the checkpoint {path}: {error}; earlier ones are untouched. Make room there, or change "
                 "output.dir"
             ) from error
-        kept = [other for other in self.steps() if other <= step][-self.keep_last :]
-        for other in set(self.steps()) - set(kept):
+        steps = [other for other in self.steps() if other <= step]
+        best = self.best(steps)[: self.keep_best] if self.keep_best else []
+        for other in set(self.steps()) - {*steps[-self.keep_last :], *best}:
             self._discard(self.directory / str(other))
         return path
+
+    def best(self, steps: Sequence[int] | None = None) -> list[int]:
+        """Of these steps, or of all, those whose meta has a held-out loss: the lowest first, of equals the older."""
+        losses = {}
+        for step in self.steps() if steps is None else steps:
+            with contextlib.suppress(CorruptCheckpointError):
+                losses[step] = self.read_meta(step).get("eval_loss")
+        return sorted((step for step in losses if losses[step] is not None), key=lambda step: (losses[step], step))
 
     def _discard(self, path: Path) -> None:
         """Delete a checkpoint such that a half-deleted one has no step for a name."""

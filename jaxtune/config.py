@@ -239,6 +239,9 @@ class TrainConfig:
     eval_answers: documents of each held-out set whose last response is answered greedily as often, and compared with
         what stands there (ROUGE-L and exact match, in percent; `pip install "jaxtune[rouge]"`); None for no answers.
     eval_answer_tokens: new tokens for each, at most.
+    on_nonfinite: what becomes of an update whose loss or gradient is not finite, which is never applied: stop ends the
+        run there, skip goes on with the next batch, and stops after 10 in a row. Both say in which layer it began, and
+        keep the batch for `python -m jaxtune.replay`.
     memory_limit: what the run may take of its GPU in all, as in 12GiB or 900MiB; None for the whole card. Memory is
         taken as it is needed, not at once.
     """
@@ -263,6 +266,7 @@ class TrainConfig:
     eval_steps: int | None = None
     eval_answers: int | None = None
     eval_answer_tokens: int = 128
+    on_nonfinite: Literal["stop", "skip"] = "stop"
     memory_limit: str | None = None
 
     @property
@@ -293,7 +297,8 @@ class OutputConfig:
     """Where a run leaves its files: metrics.jsonl, checkpoints/, adapter/, samples.
 
     dir: output directory; must not hold another run unless resume is asked for.
-    save_steps: updates between checkpoints; None for one at the end. save_total_limit: checkpoints kept.
+    save_steps: updates between checkpoints; None for one at the end. save_total_limit: the newest ones that are kept.
+    keep_best: so many more are kept, those with the lowest held-out loss, and the best is written as `adapter-best`.
     sample_prompts: user messages answered before and after training. sample_tokens: new tokens for each.
     report_to: services that are given the metrics, too: tensorboard, wandb, trackio (`pip install "jaxtune[wandb]"`).
     compile_cache: directory of compiled programs, shared by runs; None for no cache.
@@ -302,6 +307,7 @@ class OutputConfig:
     dir: str
     save_steps: int | None = None
     save_total_limit: int = 2
+    keep_best: int = 0
     sample_prompts: tuple[str, ...] = ()
     sample_tokens: int = 64
     report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
@@ -310,6 +316,7 @@ class OutputConfig:
     def __post_init__(self) -> None:
         check_types("output", self)
         check_range("output", self, "save_steps save_total_limit sample_tokens", lambda x: x >= 1, "1 or more")
+        check_range("output", self, "keep_best", lambda x: x >= 0, "0 (none) or more")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -364,6 +371,12 @@ class RunConfig:
             raise UserError(
                 f"train.warmup_steps is {train.warmup_steps}, but train.max_steps is {train.max_steps}: the learning "
                 "rate would never reach its peak; set train.warmup_steps below train.max_steps"
+            )
+        save, measure = self.output.save_steps, train.eval_steps
+        if self.output.keep_best and (save is None or measure is None or save % measure):
+            raise UserError(
+                f"output.keep_best is {self.output.keep_best}, but output.save_steps is {save} and train.eval_steps is "
+                f"{measure}; set both, output.save_steps to a multiple of train.eval_steps, so that each is measured"
             )
         for key, value in (("eval_steps", train.eval_steps), ("eval_answers", train.eval_answers)):
             if value is not None and not self.data.has_eval:

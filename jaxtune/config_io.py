@@ -37,6 +37,7 @@ _NO_NUMBERS = {
     "train.remat",
     "train.loss_chunk",
     "train.memory_limit",
+    "train.on_nonfinite",
 }
 _SECTIONS: dict[str, Any] = typing.get_type_hints(RunConfig)
 _FIELDS = {name: typing.get_type_hints(section) for name, section in _SECTIONS.items()}

@@ -40,7 +40,9 @@ class RunDirectory:
         """resume: True asks for a checkpoint to go on from, False forbids one, "auto" takes one if there is any."""
         self.config = config
         self.path = Path(config.output.dir).expanduser().absolute()
-        self.checkpoints = Checkpoints(self.path / "checkpoints", config.output.save_total_limit)
+        self.checkpoints = Checkpoints(
+            self.path / "checkpoints", config.output.save_total_limit, config.output.keep_best
+        )
         self.resumes = self.restarts = False
         self._resume = resume
         self._made: list[Path] = []

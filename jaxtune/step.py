@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtune.linear import Adaptation
 from jaxtune.loss_scale import LossScale
 from jaxtune.models.config import DecoderConfig
-from jaxtune.models.decoder import Tree, head_weight, hidden_states
+from jaxtune.models.decoder import Tree, Wrap, head_weight, hidden_states
 from jaxtune.optim import updated
 from jaxtune.parts import AXES, Parts
 from jaxtune.remat import MLP_CHUNK, OFFLOADED, remat_wrapper
@@ -85,6 +85,11 @@ def state_sharding(mesh: Mesh, *, paged: bool) -> Any:
     return TrainState(whole, whole, whole.with_memory_kind("pinned_host") if paged else whole, whole, whole)
 
 
+def batch_spec() -> P:
+    """How [accumulation, rows, T] is cut over the mesh's axes."""
+    return _BATCH
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows of [accumulation, rows, T] spread over the data and fsdp axes, their tokens over the sequence axis."""
     return NamedSharding(mesh, _BATCH)
@@ -97,11 +102,20 @@ def init_state(lora: Any, optimizer: optax.GradientTransformation, seed: int, dt
     return TrainState(jnp.int32(0), lora, optimizer.init(lora), rng, scale)
 
 
-def batch_loss(lora: Tree, frozen: Tree, batch: Batch, config: StepConfig, dropout_key: Array | None) -> Array:
+def batch_loss(
+    lora: Tree,
+    frozen: Tree,
+    batch: Batch,
+    config: StepConfig,
+    dropout_key: Array | None,
+    *,
+    wrap: Wrap | None = None,
+) -> Array:
     """Sum over the batch's learnt tokens of their negative log likelihood, float32.
 
     batch: tokens, targets, positions, segment_ids (int32 [B, T]) and loss_weights (float32 [B, T]); and embedded
-    [B, T, D], the tokens' rows of the embedding table, where `frozen` has none.
+    [B, T, D], the tokens' rows of the embedding table, where `frozen` has none. wrap: put around each layer instead of
+    what the policy has there.
     """
     memory_kinds = {memory.kind for memory in jax.local_devices()[0].addressable_memories()}
     remat = remat_wrapper(config.remat, memory_kinds, unrolled=config.unroll)
@@ -119,7 +133,7 @@ def batch_loss(lora: Tree, frozen: Tree, batch: Batch, config: StepConfig, dropo
         config.adaptation,
         dtype=config.dtype,
         dropout_key=dropout_key,
-        remat=remat,
+        remat=remat if wrap is None else wrap,
         unroll=config.unroll,
         mlp_chunk=MLP_CHUNK.get(config.remat),
         embedded=batch.get("embedded"),
@@ -179,7 +193,8 @@ def train_step(
     """One update. Returns the new state and float32 scalars: loss, grad_norm (before clipping), and for float16
     loss_scale.
 
-    Where float16 gradients overflow, adapter and optimizer stay as they were and the loss scale is halved.
+    Where loss or gradient is not finite, adapter and optimizer stay as they were; where float16 gradients overflow, the
+    loss scale is halved.
     """
     key = None
     if config.adaptation.dropout_rate > 0:
@@ -188,21 +203,28 @@ def train_step(
     loss, gradient = accumulate(state.lora, frozen, batch, config, key, scale)
     norm = optax.tree.norm(gradient) if config.parts is None else config.parts.norm(gradient)
     metrics = {"loss": loss, "grad_norm": norm}
-    if config.max_grad_norm is not None:
-        clip = jnp.minimum(1.0, config.max_grad_norm / (norm + 1e-6))
-        gradient = jax.tree.map(lambda g: g * clip, gradient)
     opt_state = state.opt_state
     if config.paged:
         # Tied to the norm: nothing needs the state before the gradients are there.
         opt_state, norm = lax.optimization_barrier((opt_state, norm))
         opt_state = jax.device_put(opt_state, jax.memory.Space.Device)
-    lora, opt_state = updated(optimizer, gradient, opt_state, state.lora)
+
+    def update(gradient: Any, opt_state: Any, lora: Any) -> tuple[Any, Any]:
+        if config.max_grad_norm is not None:
+            clip = jnp.minimum(1.0, config.max_grad_norm / (norm + 1e-6))
+            gradient = jax.tree.map(lambda g: g * clip, gradient)
+        return updated(optimizer, gradient, opt_state, lora)
+
+    # A branch, not a choice element by element: the state is overwritten where it stands.
+    finite = jnp.isfinite(norm) & jnp.isfinite(loss)
+    lora, opt_state = lax.cond(
+        finite, update, lambda _, opt_state, lora: (lora, opt_state), gradient, opt_state, state.lora
+    )
     if state.loss_scale is not None:
-        finite = jnp.isfinite(norm)
-        keep = partial(jnp.where, finite)
-        lora, opt_state = jax.tree.map(keep, (lora, opt_state), (state.lora, state.opt_state))
         metrics["loss_scale"] = state.loss_scale.scale
-        state = dataclasses.replace(state, loss_scale=state.loss_scale.after(finite))
+        # A loss that overflows does so at any scale.
+        scales = state.loss_scale.after(finite), state.loss_scale
+        state = dataclasses.replace(state, loss_scale=jax.tree.map(partial(jnp.where, jnp.isfinite(loss)), *scales))
     return dataclasses.replace(state, step=state.step + 1, lora=lora, opt_state=opt_state), metrics
 
 

@@ -14,14 +14,16 @@ import dataclasses
 import math
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxtune.base import BaseModel, find_base
-from jaxtune.checkpoint import Checkpoints, check_compatible, run_meta
+from jaxtune.checkpoint import check_compatible, run_meta
 from jaxtune.config import RunConfig
 from jaxtune.config_io import check_files, fingerprint, to_dict
 from jaxtune.data.dataset import Dataset, build, eval_sets
@@ -40,6 +42,7 @@ from jaxtune.lora import count_parameters, init_lora
 from jaxtune.memory import check_fits, device_peak, fits, out_of_memory, tree_bytes
 from jaxtune.mesh import check_mesh, own_rows, place_batch, place_frozen, place_state
 from jaxtune.metrics import MetricsWriter, Progress, format_bytes, host_peak_rss, host_rss
+from jaxtune.nonfinite import NonfiniteUpdates, trace
 from jaxtune.optim import make_optimizer, make_schedule
 from jaxtune.planning import check_plan
 from jaxtune.preflight import check_devices, check_embedding, check_vocabulary, count_steps
@@ -56,6 +59,7 @@ from jaxtune.step import (
 from jaxtune.stopping import StopRequests
 from jaxtune.structure import step_settings
 from jaxtune.trackers import check_installed, open_trackers
+from jaxtune.unchanged import digest, unchanged
 
 __all__ = ["Outcome", "fit", "main", "run", "train"]
 
@@ -229,12 +233,15 @@ def fit(
             progress.note(f"[{when}] {prompt}\n    {text}")
             metrics.write(int(state.step), sample=when, prompt=prompt, answer=text)
 
-    saved_step = first_step
+    saved_step, measured_step = first_step, 0
 
     def save() -> None:
         nonlocal saved_step
         if int(state.step) != saved_step:
-            checkpoints.save(int(state.step), state, {**meta, "data_position": dataclasses.asdict(position)})
+            of_step: dict[str, Any] = {"data_position": dataclasses.asdict(position)}
+            if measured_step == int(state.step):
+                of_step["eval_loss"] = eval_loss
+            checkpoints.save(int(state.step), state, {**meta, **of_step})
             saved_step = int(state.step)
 
     # The loop.
@@ -261,12 +268,15 @@ def fit(
                 eval_loss = measured["eval_loss"]
                 progress.note(f"held-out loss before training: {eval_loss:.4f}")
         first_eval_loss, tokens, elapsed_total = eval_loss, 0, 0.0
+        tracing = partial(trace, frozen=frozen, config=step_config, mesh=mesh, place=place)
+        nonfinite = NonfiniteUpdates(settings.on_nonfinite, directory.path, tracing)
+        before = digest(state.lora) if first_step == 0 else None
         progress.start(total_steps, first_step)
         for done in range(first_step + 1, total_steps + 1):
             if received := largest(stop.received or 0):
                 save()
                 raise stop.interrupted(received, int(state.step), total_steps)
-            started = time.perf_counter()
+            started, used, position_before = time.perf_counter(), host_batch, position
             state, scalars = step(state, frozen, batch)
             batch_tokens, position = loader.tokens(position), after_batch
             if done < total_steps:
@@ -282,10 +292,25 @@ def fit(
             due = settings.eval_steps is not None and done % settings.eval_steps == 0
             if held_out_sets and (due or done == total_steps):
                 values |= evaluate()
-                eval_loss = values["eval_loss"]
+                eval_loss, measured_step = values["eval_loss"], done
+            try:
+                skipped = nonfinite.met(done, values, used, state)
+            except UserError:
+                # As if the update had not been tried, so that the run can go on from there.
+                metrics.write(done, **values)
+                state, position = dataclasses.replace(state, step=jnp.int32(done - 1)), position_before
+                save()
+                raise
+            if skipped is not None:
+                progress.note(skipped)
+                values["skipped"] = 1
             metrics.write(done, **values)
             progress.update(done, values)
-            _check_finite(done, values, checkpoints)
+            _check_eval_loss(done, values)
+            if before is not None and skipped is None and values["learning_rate"] > 0:
+                if (remark := unchanged(before, state.lora)) is not None:
+                    progress.note(remark)
+                before = None
             if output.save_steps is not None and done % output.save_steps == 0:
                 save()
         if first_step < total_steps:
@@ -293,11 +318,16 @@ def fit(
         save()
 
     # What the run leaves.
-    adapter, lora = directory.path / "adapter", whole(state.lora)
+    adapter, lora, best = directory.path / "adapter", whole(state.lora), checkpoints.best() if output.keep_best else []
+    of_best = [(meta, whole(then.lora)) for then, meta in (checkpoints.restore(step, state) for step in best[:1])]
     if not is_first():
         return Outcome(adapter, lora, int(state.step), eval_loss)
     with directory.replacing("adapter") as temporary:
         save_peft_adapter(temporary, lora, config.lora, base.source, decoder=base.decoder)
+    for meta_then, lora_then in of_best:
+        with directory.replacing("adapter-best") as temporary:
+            save_peft_adapter(temporary, lora_then, config.lora, base.source, decoder=base.decoder)
+        progress.note(f"adapter-best: of step {meta_then['step']}, held-out loss {meta_then['eval_loss']:.4f}")
     progress.summary(
         {
             "held-out loss": _change(first_eval_loss, eval_loss),
@@ -311,14 +341,9 @@ def fit(
     return Outcome(adapter, lora, int(state.step), eval_loss)
 
 
-def _check_finite(step: int, values: Mapping[str, float], checkpoints: Checkpoints) -> None:
-    # A float16 gradient may overflow while the loss scale is found, down to 1: such a step changes nothing.
-    names = ("loss", "eval_loss") if values.get("loss_scale", 1.0) > 1.0 else ("loss", "grad_norm", "eval_loss")
-    bad = [name for name in names if not math.isfinite(values.get(name, 0.0))]
-    if bad:
-        saved = checkpoints.latest()
-        kept = "there is no checkpoint" if saved is None else f"the newest checkpoint is of step {saved}"
-        raise UserError(f"step {step}: {' and '.join(bad)} not finite; {kept}. Lower train.learning_rate")
+def _check_eval_loss(step: int, values: Mapping[str, float]) -> None:
+    if not math.isfinite(values.get("eval_loss", 0.0)):
+        raise UserError(f"step {step}: eval_loss not finite; lower train.learning_rate, and check the held-out records")
 
 
 def _peaks() -> str:

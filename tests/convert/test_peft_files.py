@@ -231,9 +231,10 @@ def test_damaged_adapters_are_refused(tmp_path: Path) -> None:
     adapters.save_adapter(tmp_path, lora, FIELDS | {"r": RANK + 1}, overwrite=True)
     with pytest.raises(ValueError, match=r"says r = 6, the tensors have ranks \[5\]"):
         adapters.load_adapter(tmp_path)
-    (tmp_path / "adapter_config.json").write_text(json.dumps({"lora_alpha": 1}))
-    with pytest.raises(ValueError, match="not a LoRA config"):
-        adapters.load_adapter(tmp_path)
+    for text in (json.dumps({"lora_alpha": 1}), '{"r": 1e400}'):
+        (tmp_path / "adapter_config.json").write_text(text)
+        with pytest.raises(ValueError, match="not a LoRA config"):
+            adapters.load_adapter(tmp_path)
 
 
 def test_every_problem_in_one_error() -> None:

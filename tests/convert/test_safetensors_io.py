@@ -194,6 +194,7 @@ def entry(dtype: str, shape: list[int], start: int, end: int) -> dict:
         ({"x": entry("F32", [2], 0, 8)}, bytes(7), "download"),
         ({"x": entry("F32", [2], 0, 8)}, bytes(9), "download"),
         ({"x": {"dtype": "F32", "shape": [2]}}, bytes(8), "header is damaged"),
+        (b'{"x":{"dtype":"F32","shape":[1e400],"data_offsets":[0,8]}}', bytes(8), "header is damaged"),
         ([1, 2], b"", "header is damaged"),
         (b"{not json", b"", "header is damaged"),
         (b'{"x":{"dtype":"U8","shape":[0],"data_offsets":[0,0]},"x":{}}', b"", "a key is there twice"),

@@ -177,9 +177,11 @@ def test_loss_that_is_not_finite(tmp_path: Path, write_run: WriteRun, run_main: 
     config = write_run(train=settings, lora={"target_modules": ["q_proj", "k_proj"]}, output={"save_steps": 1})
     status, err = run_main("--config", config)
     assert status == 2
-    assert_one_message(err, ("step 2: loss and grad_norm not finite", "of step 1", "Lower train.learning_rate"))
+    named = ("step 2: loss and grad_norm not finite, first in ", "jaxtune.replay --run", "Lower train.learning_rate")
+    assert_one_message(err, named)
     assert np.isnan(read_metrics(tmp_path / "out" / "metrics.jsonl")[-1]["loss"])
     assert not (tmp_path / "out" / "adapter").exists()
+    assert [path.name for path in (tmp_path / "out" / "checkpoints").iterdir()] == ["1"]
 
 
 def test_out_of_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, write_run: WriteRun, run_main: Main) -> None:
