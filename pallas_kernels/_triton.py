@@ -34,9 +34,14 @@ def interpreted() -> Iterator[None]:
         _interpret.reset(token)
 
 
+def interpreting() -> bool:
+    """Whether kernels run in the interpreter here."""
+    return _interpret.get()
+
+
 def gpu_reason() -> str | None:
     """Why kernels through Triton cannot run on the default device, or None."""
-    if _interpret.get():
+    if interpreting():
         return None
     capability = compute_capability()
     if capability is None:
@@ -75,4 +80,4 @@ def triton_call(
 ) -> Callable[..., Any]:
     """`pl.pallas_call` through Triton, or in the interpreter where `interpreted` says so."""
     parameters = plt.CompilerParams(num_warps=num_warps, num_stages=num_stages)
-    return pl.pallas_call(kernel, compiler_params=parameters, interpret=_interpret.get(), **arguments)
+    return pl.pallas_call(kernel, compiler_params=parameters, interpret=interpreting(), **arguments)

@@ -22,7 +22,7 @@ TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FIL
 
 # What a module may import beside the standard library; the longest prefix of its name decides.
 MAY_IMPORT = {
-    "pallas_kernels": "pallas_kernels jax numpy jaxtyping",
+    "pallas_kernels": "pallas_kernels jax jaxlib numpy jaxtyping",
     "convert": "convert pallas_kernels.nf4 numpy ml_dtypes safetensors gguf tokenizers transformers jinja2 orbax"
     " jaxtyping",
     "jaxtune.config": "jaxtune.config_checks jaxtune.errors",

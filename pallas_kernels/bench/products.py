@@ -56,7 +56,7 @@ def nf4_matmul_cases(small: bool) -> Iterator[Case]:
                 name,
                 m,
                 nf4_matmul,
-                BOTH_WAYS,
+                ("mosaic", *BOTH_WAYS),
                 make=make,
                 call=lambda f, x, w: f(x, w),
                 reference=nf4_matmul_reference,

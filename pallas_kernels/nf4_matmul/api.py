@@ -10,10 +10,19 @@ from jaxtyping import Float
 
 from pallas_kernels._dispatch import choose
 from pallas_kernels.nf4 import NF4Tensor
-from pallas_kernels.nf4_matmul import triton, xla
+from pallas_kernels.nf4_matmul import mosaic_gpu, triton, xla
 
-_FORWARD = {"triton": triton.nf4_matmul_triton, "xla": xla.nf4_matmul_xla}
-_BACKWARD = {"triton": triton.nf4_matmul_transposed_triton, "xla": xla.nf4_matmul_transposed_xla}
+_FORWARD = {
+    "mosaic": mosaic_gpu.nf4_matmul_mosaic,
+    "triton": triton.nf4_matmul_triton,
+    "xla": xla.nf4_matmul_xla,
+}
+# Few rows have no kernel of their own on the way back: the weight is decoded before the product.
+_BACKWARD = {
+    "mosaic": triton.nf4_matmul_transposed_triton,
+    "triton": triton.nf4_matmul_transposed_triton,
+    "xla": xla.nf4_matmul_transposed_xla,
+}
 
 
 def nf4_matmul(x: Float[Array, "*M K"], w: NF4Tensor, implementation: str | None = None) -> Float[Array, "*M N"]:
@@ -24,7 +33,7 @@ def nf4_matmul(x: Float[Array, "*M K"], w: NF4Tensor, implementation: str | None
     Args:
         x: [..., K], bfloat16, float16 or float32; products are of this dtype, sums are float32.
         w: one packed weight of shape (N, K). For a stack of layers, scan over it.
-        implementation: "triton", "xla", or None to choose.
+        implementation: "mosaic", "triton", "xla", or None to choose.
 
     Returns:
         [..., N] in x's dtype.
@@ -38,7 +47,11 @@ def nf4_matmul(x: Float[Array, "*M K"], w: NF4Tensor, implementation: str | None
     if x.ndim == 0 or x.shape[-1] != w.shape[1]:
         raise ValueError(f"nf4_matmul: x {x.shape} must end in {w.shape[1]}, the width of the weight {w.shape}")
     # The kernels of few rows have not been timed on a GPU: they run where they are named.
-    candidates = {"xla": lambda: xla.unsupported_reason(x, w), "triton": lambda: triton.unsupported_reason(x, w)}
+    candidates = {
+        "xla": lambda: xla.unsupported_reason(x, w),
+        "triton": lambda: triton.unsupported_reason(x, w),
+        "mosaic": lambda: mosaic_gpu.unsupported_reason(x, w),
+    }
     return _matmul(x, w, choose("nf4_matmul", implementation, candidates))
 
 
