@@ -66,7 +66,8 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Steps with a complete checkpoint, in order."""
-        return sorted(int(path.name) for path in self.directory.glob("[0-9]*") if path.name.isdecimal())
+        found = (path for path in self.directory.glob("[0-9]*") if path.name.isdecimal() and path.is_dir())
+        return sorted(int(path.name) for path in found)
 
     def latest(self) -> int | None:
         """The newest complete checkpoint's step; None where there is none."""
@@ -114,7 +115,9 @@ class Checkpoints:
         steps = [other for other in self.steps() if other <= step]
         best = self.best(steps)[: self.keep_best] if self.keep_best else []
         for other in set(self.steps()) - {*steps[-self.keep_last :], *best}:
-            self._discard(self.directory / str(other))
+            # What has no meta.json is not ours to delete.
+            if (self.directory / str(other) / "meta.json").is_file():
+                self._discard(self.directory / str(other))
         return path
 
     def best(self, steps: Sequence[int] | None = None) -> list[int]:

@@ -78,6 +78,10 @@ def _run(options: argparse.Namespace, launch: Launch | None) -> int:
     logging.basicConfig(format=f"{where}%(name)s: %(message)s", force=True)
     for package in ("jaxtune", "pallas_kernels"):
         logging.getLogger(package).setLevel(logging.INFO if options.debug else logging.WARNING)
+    if not options.debug:
+        # Where a save fails, Orbax's threads log their tracebacks, and it raises what is said in one message here.
+        for library in ("absl", "asyncio", "concurrent.futures"):
+            logging.getLogger(library).setLevel(logging.CRITICAL)
     # Read when the GPU client starts: memory is taken as it is needed instead of three quarters of the card at once.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     try:

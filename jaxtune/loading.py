@@ -277,7 +277,10 @@ def _check_config_file(path: Path) -> dict[str, Any]:
         adapter = "it holds an adapter: name its base model" if (path.parent / "adapter_config.json").exists() else ""
         raise UserError(f"{path.parent}: config.json is missing; {adapter or 'name a directory that holds a model'}")
     with user_errors(f"{path}: "):
-        config = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            config = json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"it is no valid JSON ({error}); take the model's own config.json") from error
         if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
             raise ValueError("it states no model_type; take the model's own config.json")
         families.get(config["model_type"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import signal
 from pathlib import Path
@@ -288,3 +289,22 @@ def test_new_run_never_overwrites_another(interrupted: Path, copy: Path, run_mai
     assert status == 2
     assert f"error: output.dir {copy} holds a run already; continue it with --resume, or name another" in err
     assert contents(copy) == before
+
+
+def test_full_disk_ends_in_one_message_and_the_run_goes_on(write_run: WriteRun, tmp_path: Path, run_main: Main) -> None:
+    """No file may grow beyond 40 kB: the first save fails, and the same command with room goes through."""
+    config = write_run(train={"max_steps": 2}, output={"save_steps": 1, "compile_cache": None})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, limits[1]))
+    try:
+        status, err = run_main("--config", config)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert status == 2
+    assert f"error: cannot write the checkpoint {tmp_path / 'out' / 'checkpoints' / '1'}: " in err
+    assert err.endswith("earlier ones are untouched. Make room there, or change output.dir\n")
+    assert "Traceback" not in err
+    assert not (tmp_path / "out" / "adapter").exists()
+    status, err = run_main("--config", config, "--resume", "auto")
+    assert status == 0, err
+    assert [record["step"] for record in computed(tmp_path / "out") if "loss" in record] == [1, 2]

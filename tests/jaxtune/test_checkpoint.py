@@ -6,10 +6,12 @@ import dataclasses
 import json
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -200,6 +202,86 @@ def test_failure_while_saving_leaves_the_last_one(tmp_path: Path, monkeypatch: p
     np.testing.assert_array_equal(checkpoints.restore_latest({"x": jnp.zeros(3)})[0]["x"], np.ones(3))
     checkpoints.save(3, {"x": jnp.zeros(3)}, {})
     assert os.listdir(tmp_path) == ["3"]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1.5 MiB where one may be mounted, else a limit of 150 kB on the size of files."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1536k", "tmpfs", disk], capture_output=True)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if mounted.returncode != 0:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, limits[1]))
+    yield disk
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    if mounted.returncode == 0:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_full_disk(small_disk: Path) -> None:
+    checkpoints = Checkpoints(small_disk / "checkpoints", keep_last=1)
+    state = {"x": jnp.arange(5000.0)}
+    checkpoints.save(1, state, {})
+    # Random bits, since Orbax compresses.
+    large = {"x": jnp.asarray(np.random.default_rng(0).integers(0, 2**32, 400_000, np.uint32))}
+    with pytest.raises(UserError, match=r"cannot write the checkpoint .*/2: .*; earlier ones are untouched. Make room"):
+        checkpoints.save(2, large, {})
+    assert checkpoints.steps() == [1]
+    assert_bits_equal(checkpoints.restore_latest(abstract(state))[0], state)
+    # The space that the attempt took is given back by the next save.
+    checkpoints.save(3, state, {})
+    assert os.listdir(small_disk / "checkpoints") == ["3"]
+
+
+def test_directory_that_became_read_only(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    checkpoints.save(1, {"x": jnp.ones(3)}, {})
+    if os.geteuid() == 0:
+        read_only = ["mount", "--bind", "-o", "ro", tmp_path / "checkpoints", tmp_path / "checkpoints"]
+        if subprocess.run(read_only, capture_output=True).returncode != 0:
+            pytest.skip("root may write everywhere, and nothing can be mounted here")
+    else:
+        (tmp_path / "checkpoints").chmod(0o555)
+    try:
+        with pytest.raises(UserError, match=r"cannot write the checkpoint .*(Read-only|Permission denied)"):
+            checkpoints.save(2, {"x": jnp.zeros(3)}, {})
+        assert checkpoints.steps() == [1]
+        checkpoints.verify(1)
+    finally:
+        if os.geteuid() == 0:
+            subprocess.run(["umount", tmp_path / "checkpoints"], check=True)
+        else:
+            (tmp_path / "checkpoints").chmod(0o755)
+
+
+def test_foreign_files_are_passed_over_and_stay(tmp_path: Path) -> None:
+    checkpoints, state = Checkpoints(tmp_path, keep_last=1), {"x": jnp.ones(3)}
+    checkpoints.save(4, state, {})
+    (tmp_path / "5").write_text("a file")
+    (tmp_path / "12").mkdir()
+    (tmp_path / "12" / "notes.txt").write_text("mine")
+    (tmp_path / "4" / "state" / "notes.txt").write_text("mine")
+    with pytest.warns(UserWarning, match=r"12 is damaged: meta.json.*Falling back"):
+        restored, meta = checkpoints.restore_latest(abstract(state))
+    assert meta["step"] == 4
+    assert_bits_equal(restored, state)
+    checkpoints.save(6, state, {})
+    assert sorted(os.listdir(tmp_path)) == ["12", "5", "6"]
+    assert (tmp_path / "12" / "notes.txt").read_text() == "mine"
+
+
+def test_the_best_are_kept_beside_the_newest(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep_last=1, keep_best=2)
+    kept = []
+    for step, loss in enumerate((3.0, 1.0, 2.0, 1.0, None, 4.0), 1):
+        checkpoints.save(step, {"x": jnp.ones(1)}, {} if loss is None else {"eval_loss": loss})
+        kept.append(checkpoints.steps())
+    assert kept == [[1], [1, 2], [2, 3], [2, 4], [2, 4, 5], [2, 4, 6]]
+    assert checkpoints.best() == [2, 4, 6]
+    # One that cannot be read has no loss that could be compared; it is thinned as any other.
+    damage(tmp_path / "2" / "meta.json", "cut")
+    assert checkpoints.best() == [4, 6]
 
 
 SAVER = """

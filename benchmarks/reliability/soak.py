@@ -1,0 +1,194 @@
+"""A long run that must not change as it goes on: nothing compiled, no memory grown, no step lost; then all that follows.
+
+    python benchmarks/reliability/soak.py --steps 5000
+    python benchmarks/reliability/soak.py --shape llama3-8b --steps 300 --batch 2 --length 1024      # on a GPU
+
+Random text is learnt from random weights, which are made on the device: the model's directory has their headers only,
+in sparse files. After the run its checkpoints are verified, it is continued for ten steps more, and the adapter that it
+wrote is read back and compared, bit by bit. Exit status 1 where something is not as it should be.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+from make_random_model import hf_config, write_texts, write_tokenizer  # noqa: E402
+
+from convert import families  # noqa: E402
+from jaxtune.base import find_base  # noqa: E402
+from jaxtune.config import DataConfig, LoraConfig, ModelConfig, OutputConfig, RunConfig, TrainConfig  # noqa: E402
+from jaxtune.data.dataset import build, eval_sets  # noqa: E402
+from jaxtune.device_memory import limit_memory  # noqa: E402
+from jaxtune.export import load_peft_adapter  # noqa: E402
+from jaxtune.health import random_arrays  # noqa: E402
+from jaxtune.metrics import Progress, host_rss, read_metrics  # noqa: E402
+from jaxtune.run_directory import RunDirectory  # noqa: E402
+from jaxtune.structure import frozen_structure  # noqa: E402
+from jaxtune.train import Outcome, fit  # noqa: E402
+
+# Steps that may still compile and allocate; growth of the host's memory that is noise, over the rest of the run.
+WARM_UP, NOISE = 20, 48 * 2**20
+CONTINUED = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class Seen:
+    """After a step: programs compiled so far, host memory, bytes in use on the device (None on a CPU), its loss."""
+
+    step: int
+    compiled: int
+    host: int
+    device: int | None
+    loss: float
+
+
+class Watch(Progress):
+    """The display, which also keeps what it is told."""
+
+    compiled = 0
+
+    def __init__(self, log_every: int) -> None:
+        super().__init__(log_every)
+        self.seen: list[Seen] = []
+        jax.monitoring.register_event_duration_secs_listener(self._event)
+
+    def _event(self, name: str, *_: Any, **__: Any) -> None:
+        self.compiled += name == "/jax/core/compile/backend_compile_duration"
+
+    def update(self, step: int, values: Mapping[str, Any]) -> None:
+        stats = jax.local_devices()[0].memory_stats()
+        in_use = stats["bytes_in_use"] if stats else None
+        self.seen.append(Seen(step, self.compiled, host_rss(), in_use, values["loss"]))
+        super().update(step, values)
+
+
+def write_model(directory: Path, config: dict[str, object]) -> None:
+    """Config, tokenizer, and a safetensors file whose data are a hole."""
+    directory.mkdir()
+    (directory / "config.json").write_text(json.dumps(config))
+    write_tokenizer(directory)
+    header, end = {}, 0
+    for slot in families.get("llama").slots(config):
+        start, end = end, end + 2 * math.prod(slot.shape)
+        header[slot.name] = {"dtype": "BF16", "shape": list(slot.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    with open(directory / "model.safetensors", "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+
+
+def make_config(directory: Path, shape: str, steps: int, batch: int, length: int) -> RunConfig:
+    """The run, at a constant rate so that it can be prolonged."""
+    write_model(directory / "model", hf_config(shape))
+    write_texts(directory / "train.jsonl", 1, count=256, length=length + 50)
+    write_texts(directory / "eval.jsonl", 2, count=2 * batch, length=length + 50)
+    data = {"train": str(directory / "train.jsonl"), "eval": str(directory / "eval.jsonl")}
+    large = shape != "tiny"
+    return RunConfig(
+        ModelConfig(str(directory / "model"), dtype="bf16" if large else "fp32"),
+        DataConfig(**data, form="text", train_on="all", max_length=length, packing=False, overlong="truncate"),
+        OutputConfig(str(directory / "run"), save_steps=max(1, steps // 2), compile_cache=str(directory / "compiled")),
+        LoraConfig(r=64 if large else 8, lora_alpha=128 if large else 16),
+        TrainConfig(
+            batch_size=batch,
+            max_steps=steps,
+            learning_rate=2e-4 if large else 1e-3,
+            lr_scheduler_type="constant",
+            remat="full",
+            logging_steps=max(1, steps // 10),
+        ),
+    )
+
+
+def soak(config: RunConfig, watch: Watch, *, resume: bool) -> Outcome:
+    """The run, with random weights that are the same each time."""
+    with RunDirectory(config, resume) as directory:
+        base = find_base(config.model)
+        model = json.loads((Path(config.model.name_or_path) / "config.json").read_text())
+        structure = frozen_structure(model, config.model, base.dtype)
+        base = dataclasses.replace(base, load=lambda: random_arrays(structure, seed=1))
+        sets = build(config.data, base.tokenizer), eval_sets(config.data, base.tokenizer)
+        return fit(config, base, *sets, directory=directory, progress=watch)
+
+
+def judge(seen: list[Seen], steps: int, records: list[dict[str, Any]]) -> list[str]:
+    """What is wrong with a run; prints its figures."""
+    after = [row for row in seen if row.step > min(WARM_UP, steps // 2)]
+    # The last step also measures the held-out loss.
+    devices = {row.device for row in after[:-1]}
+    tenth = max(1, len(after) // 10)
+    grown = statistics.median(r.host for r in after[-tenth:]) - statistics.median(r.host for r in after[:tenth])
+    compiled = after[-1].compiled - after[0].compiled
+    losses = [row.loss for row in seen]
+    first, last = (statistics.fmean(part) for part in (losses[:tenth], losses[-tenth:]))
+    known = [(next(iter(devices)) or 0) / 2**30] if len(devices) == 1 else sorted(d or 0 for d in devices)
+    print(f"steps {len(seen)}, compiled after step {after[0].step}: {compiled}")
+    print(f"host memory {after[-1].host / 2**20:,.0f} MiB, grown by {grown / 2**20:.1f} MiB")
+    print("device memory " + ("not counted" if devices == {None} else f"{known}, different values: {len(devices)}"))
+    print(f"loss {first:.4f} -> {last:.4f}, held-out {[r['eval_loss'] for r in records if 'eval_loss' in r]}")
+    problems = [
+        (compiled == 0, f"{compiled} programs were compiled in the loop"),
+        (grown <= NOISE, f"host memory grew by {grown:,.0f} bytes"),
+        (len(devices) == 1, f"device memory has {len(devices)} different values"),
+        ([row.step for row in seen] == list(range(1, steps + 1)), "steps are missing"),
+        (bool(np.isfinite(losses).all()) and last < first, f"the loss went from {first} to {last}"),
+    ]
+    return [text for ok, text in problems if not ok]
+
+
+def main() -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(description="A long run, watched, and all that follows a run.")
+    parser.add_argument("--shape", choices=("tiny", "llama3-8b"), default="tiny")
+    parser.add_argument("--steps", type=int, default=5000)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--length", type=int, default=64)
+    options = parser.parse_args()
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    limit_memory(None)
+    with tempfile.TemporaryDirectory() as name:
+        config = make_config(Path(name), options.shape, options.steps, options.batch, options.length)
+        jax.config.update("jax_compilation_cache_dir", config.output.compile_cache)
+        run, watch, started = Path(config.output.dir), Watch(config.train.logging_steps), time.perf_counter()
+        soak(config, watch, resume=False)
+        print(f"{options.steps} steps and all around them: {time.perf_counter() - started:.0f} s")
+        problems = judge(watch.seen, options.steps, read_metrics(run / "metrics.jsonl"))
+
+        # `fit` continues it, verifying the checkpoint as it reads it.
+        longer = dataclasses.replace(
+            config, train=dataclasses.replace(config.train, max_steps=options.steps + CONTINUED)
+        )
+        more = Watch(CONTINUED)
+        outcome = soak(longer, more, resume=True)
+        if [row.step for row in more.seen] != list(range(options.steps + 1, options.steps + CONTINUED + 1)):
+            problems.append("the continued run has other steps")
+        exported = jax.tree.map(jnp.asarray, load_peft_adapter(outcome.adapter)[0])
+        same = jax.tree.map(lambda a, b: bool((np.asarray(a) == np.asarray(b)).all()), exported, outcome.lora)
+        if not all(jax.tree.leaves(same)):
+            problems.append("the exported adapter is not the trained one")
+        bits = sum(leaf.nbytes for leaf in jax.tree.leaves(outcome.lora)) * 8
+        print(f"continued to step {outcome.steps}; adapter for PEFT read back, {bits:,} bits compared")
+    print("\n".join(problems) or "nothing is wrong")
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
