@@ -6,6 +6,7 @@ What needs the model to run, such as comparing logits before and after, is `pyth
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,9 +20,10 @@ from convert.gguf.adapter import write_gguf_adapter
 from convert.gguf.mixture import FILE_TYPES
 from convert.gguf.writer import write_gguf
 from convert.inspect import inspect
-from convert.merge import DTYPES, Base, adapter_scaling, base_values, merged
+from convert.merge import DTYPES, adapter_scaling, base_values, merged
 from convert.output import atomic_directory, tokenizer_of, write_description
 from convert.peft import load_adapter
+from convert.peft_modules import load_modules, placed
 from convert.progress import Progress
 from convert.safetensors_io import TensorInfo, refuse_existing, write_model
 
@@ -44,14 +46,14 @@ def _inspect(options: argparse.Namespace) -> None:
 def _to_safetensors(options: argparse.Namespace) -> None:
     checkpoint = open_checkpoint(options.model)
     dtype = _dtype(checkpoint, options)
-    infos, read = _tensors(checkpoint, options, dtype)
+    infos, read, model = _tensors(checkpoint, options, dtype)
     with atomic_directory(options.out, overwrite=options.overwrite) as directory:
         write_model(directory, infos, read, max_shard_bytes=options.max_shard_bytes)
-        write_description(directory, checkpoint, dtype=dtype)
+        write_description(directory, model, dtype=dtype)
 
 
 def _to_4bit(options: argparse.Namespace) -> None:
-    checkpoint = open_checkpoint(options.model)
+    checkpoint = model = open_checkpoint(options.model)
     dtype, double_quant = _dtype(checkpoint, options), not options.no_double_quant
     if options.adapter is None and checkpoint.is_packed:
         # What is packed keeps its bytes, and what was left dense stays so.
@@ -59,24 +61,24 @@ def _to_4bit(options: argparse.Namespace) -> None:
         weights = ((name, False, checkpoint.stored(load)) for name, load in stored.items())
         quantization = checkpoint.hf_config.get("quantization_config") or bnb4bit.quantization_config()
     else:
-        linears = {load.slot.name: load.slot.is_linear for load in checkpoint.loads}
-        dense, read = _tensors(checkpoint, options, dtype)
-        weights = ((name, linears[name], read(name)) for name in dense)
+        linears = {load.slot.name for load in checkpoint.loads if load.slot.is_linear}
+        dense, read, model = _tensors(checkpoint, options, dtype)
+        weights = ((name, name in linears, read(name)) for name in dense)
         quantization = bnb4bit.quantization_config(compute_dtype=dtype.name, double_quant=double_quant)
     with atomic_directory(options.out, overwrite=options.overwrite) as directory:
         tensors = bnb4bit.packed_model(weights, double_quant=double_quant)
         infos = {name: TensorInfo(tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
         write_model(directory, infos, tensors.__getitem__, max_shard_bytes=options.max_shard_bytes)
-        write_description(directory, checkpoint, dtype=dtype, quantization=quantization)
+        write_description(directory, model, dtype=dtype, quantization=quantization)
 
 
 def _to_gguf(options: argparse.Namespace) -> None:
     refuse_existing([Path(options.out)], overwrite=options.overwrite)
     checkpoint = open_checkpoint(options.model)
-    infos, read = _tensors(checkpoint, options, DTYPES["fp32"])
+    infos, read, model = _tensors(checkpoint, options, DTYPES["fp32"])
     tokenizer = tokenizer_of(checkpoint)
     write_gguf(
-        options.out, checkpoint.hf_config, infos, read, tokenizer, file_type=options.type, overwrite=options.overwrite
+        options.out, model.hf_config, infos, read, tokenizer, file_type=options.type, overwrite=options.overwrite
     )
 
 
@@ -94,10 +96,12 @@ def _adapter_to_gguf(options: argparse.Namespace) -> None:
     )
 
 
-def _adapter(checkpoint: Checkpoint, directory: str) -> tuple[dict[str, Any], float]:
+def _adapter(checkpoint: Checkpoint, directory: str, *, allow_modules: bool = False) -> tuple[dict[str, Any], float]:
     """The adapter's tree and the factor on B A; ValueError where it is another model's."""
     model_type = checkpoint.hf_config["model_type"]
-    lora, fields = load_adapter(directory, model_type=model_type, rows=checkpoint.linear_rows)
+    lora, fields = load_adapter(
+        directory, model_type=model_type, rows=checkpoint.linear_rows, allow_modules=allow_modules
+    )
     slots = checkpoint.family.slots(checkpoint.hf_config)
     shapes = {slot.path[1:-1]: slot.shape for slot in slots if slot.is_linear}
     layers = checkpoint.hf_config["num_hidden_layers"]
@@ -113,15 +117,19 @@ def _adapter(checkpoint: Checkpoint, directory: str) -> tuple[dict[str, Any], fl
 
 
 def _tensors(checkpoint: Checkpoint, options: argparse.Namespace, dtype: np.dtype) -> Any:
-    """The model's dense tensors, with the adapter in them if there is one, and progress."""
-    lora: dict[str, Any] = {}
-    scaling = 1.0
-    base: Base = "original"
-    if options.adapter is not None:
-        (lora, scaling), base = _adapter(checkpoint, options.adapter), options.base
+    """The model's dense tensors with the adapter in them if there is one, and progress; and what describes them."""
     slots = [load.slot for load in checkpoint.loads]
-    infos, read = merged(slots, base_values(checkpoint, base), lora, scaling, dtype)
-    return infos, Progress(Path(options.out).name, len(infos)).watch(read)
+    if options.adapter is None:
+        model, values = checkpoint, base_values(checkpoint, "original")
+        lora, scaling = dict[str, Any](), 1.0
+    else:
+        lora, scaling = _adapter(checkpoint, options.adapter, allow_modules=True)
+        modules, hf_config = load_modules(options.adapter, checkpoint.hf_config)
+        values = placed(base_values(checkpoint, options.base), modules, slots)
+        model = dataclasses.replace(checkpoint, hf_config=hf_config)
+        slots = model.family.slots(hf_config) if modules else slots
+    infos, read = merged(slots, values, lora, scaling, dtype)
+    return infos, Progress(Path(options.out).name, len(infos)).watch(read), model
 
 
 def _dtype(checkpoint: Checkpoint, options: argparse.Namespace) -> np.dtype:

@@ -22,7 +22,7 @@ from convert.safetensors_io import SafetensorsModel, TensorInfo, refuse_existing
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
 
 # Keys of rank_pattern and alpha_pattern: regular expressions of a kind that cannot take long.
 _MODULES = r"\^?(?:[\w.]|\\\.|\\d\+|\.\*|\[[\w-]+\])+\$?"
@@ -34,12 +34,16 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "lora_bias": (False, None),
     "use_qalora": (False, None),
     "use_bdlora": (False, None),
-    "modules_to_save": ([], None),
     "alora_invocation_tokens": ([], None),
     "trainable_token_indices": ([], {}, None),
     "target_parameters": ([], None),
     "layer_replication": ([], None),
 }
+
+
+def is_whole(name: str) -> bool:
+    """Whether a tensor of an adapter's file stands in for one of the base model (`modules_to_save`)."""
+    return name.startswith(PREFIX) and ".lora_" not in name
 
 
 def to_peft(
@@ -66,7 +70,7 @@ def to_peft(
         stacks = nodes[0] if len(paths) == 1 else _joined(nodes, [path[-1] for path in paths], rows)
         for part, stack in stacks.items():
             for layer, tensor in enumerate(stack):
-                tensors[f"{_PREFIX}{module.format(i=layer)}.{part}.weight"] = tensor
+                tensors[f"{PREFIX}{module.format(i=layer)}.{part}.weight"] = tensor
     return tensors
 
 
@@ -96,7 +100,7 @@ def from_peft(
     found: dict[str, dict[str, dict[int, str]]] = {}
     unknown = []
     patterns = {
-        module: re.compile(re.escape(_PREFIX + module).replace(r"\{i\}", r"(\d+)") + r"\.(lora_[AB])\.weight")
+        module: re.compile(re.escape(PREFIX + module).replace(r"\{i\}", r"(\d+)") + r"\.(lora_[AB])\.weight")
         for module in modules
     }
     for name in tensors:
@@ -181,6 +185,7 @@ def save_adapter(
     *,
     model_type: str = "llama",
     rows: Mapping[str, int] | None = None,
+    modules: Mapping[str, np.ndarray] | None = None,
     overwrite: bool = False,
 ) -> None:
     """Write an adapter that `peft.PeftModel.from_pretrained` loads.
@@ -192,6 +197,7 @@ def save_adapter(
             defaults; target_modules and the constants are filled in.
         model_type: HF's name of the family.
         rows: as in `to_peft`.
+        modules: whole tensors by HF name, as `peft_modules.load_modules` gave them; `fields` names them too.
         overwrite: replace an adapter that is already there.
 
     Raises:
@@ -220,6 +226,7 @@ def save_adapter(
         "revision": None,
         "target_modules": targets,
     } | _patterns(tensors, fields, model_type)
+    tensors |= {PREFIX + name: tensor for name, tensor in (modules or {}).items()}
     files = [directory / WEIGHTS_NAME, directory / CONFIG_NAME]
     refuse_existing(files, overwrite=overwrite)
     directory.mkdir(parents=True, exist_ok=True)
@@ -229,7 +236,11 @@ def save_adapter(
 
 
 def load_adapter(
-    directory: str | os.PathLike[str], *, model_type: str = "llama", rows: Mapping[str, int] | None = None
+    directory: str | os.PathLike[str],
+    *,
+    model_type: str = "llama",
+    rows: Mapping[str, int] | None = None,
+    allow_modules: bool = False,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Read an adapter that PEFT or `save_adapter` wrote.
 
@@ -240,6 +251,7 @@ def load_adapter(
         directory: of the two files.
         model_type: HF's name of the family.
         rows: as in `from_peft`.
+        allow_modules: take an adapter with `modules_to_save`; the caller reads them (`peft_modules.load_modules`).
 
     Returns:
         The tree of NumPy arrays in the file's dtype (B in float32 where it took a factor), and adapter_config.json as a
@@ -265,7 +277,13 @@ def load_adapter(
             )
     own_ranks, own_alphas = (_pattern(directory / CONFIG_NAME, config, f"{name}_pattern") for name in ("rank", "alpha"))
     model = SafetensorsModel([directory / WEIGHTS_NAME])
-    tensors = {name: model.read(name) for name in model.infos}
+    if config.get("modules_to_save") and not allow_modules:
+        raise NotImplementedError(
+            f"{directory / CONFIG_NAME}: modules_to_save is {config['modules_to_save']!r}, which has no "
+            "form here; merge the adapter into its base model (python -m convert merge)"
+        )
+    whole = [name for name in model.infos if is_whole(name)] if allow_modules else []
+    tensors = {name: model.read(name) for name in model.infos if name not in whole}
     stated = {
         name: int(_of_module(own_ranks, name, rank))
         for name, tensor in tensors.items()
@@ -333,7 +351,7 @@ def _pattern(path: Path, config: Mapping[str, Any], field: str) -> dict[str, flo
 
 def _of_module(pattern: Mapping[str, Any], name: str, default: Any) -> Any:
     """What a pattern states for the module of a tensor: PEFT's keys are regular expressions of how its name ends."""
-    module = name.removeprefix(_PREFIX).rsplit(".", 2)[0]
+    module = name.removeprefix(PREFIX).rsplit(".", 2)[0]
     found = (value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", module))
     return next(found, default)
 

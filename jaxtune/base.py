@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
+import numpy as np
 
 from jaxtune.config import ModelConfig
 from jaxtune.loading import (
@@ -29,7 +30,8 @@ class BaseModel:
     """A base model, known but for its weights.
 
     dtype: compute dtype. fingerprint: hash of its content, which a resumed run must find again. load: gives the frozen
-    parameters on the device, read from the files or as they stand there already.
+    parameters on the device, read from the files or as they stand there already. modules: whole tensors by HF name that
+    an adapter brings in place of the base's (jaxtune.export.modules). hf_config: of the model with them, else None.
     """
 
     source: Source
@@ -38,6 +40,8 @@ class BaseModel:
     dtype: jnp.dtype
     fingerprint: str
     load: Callable[[], Any]
+    hf_config: Mapping[str, Any] | None = None
+    modules: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
 def find_base(config: ModelConfig) -> BaseModel:

@@ -25,6 +25,7 @@ from jaxtune.decoding import Generator
 from jaxtune.device_memory import check_limit, limit_memory
 from jaxtune.errors import UserError
 from jaxtune.export import load_peft_adapter
+from jaxtune.export.modules import adapted_base
 from jaxtune.linear import Adaptation
 from jaxtune.loading import Source, load_tokenizer, read_hf_config
 from jaxtune.lora import GROUP_OF_LINEAR, adaptation
@@ -49,6 +50,7 @@ def load_text_generator(config: ModelConfig, adapter: str | Path | None = None) 
     lora: dict[str, Any] = {}
     acts, tokenizer = Adaptation(), base.tokenizer
     if adapter is not None:
+        base = adapted_base(base, adapter)
         lora, lora_config, tokenizer = load_adapter(adapter, base)
         acts = adaptation(lora_config)
     generator = Generator(base.load(), jax.device_put(lora), base.decoder, acts, base.dtype)
@@ -58,11 +60,13 @@ def load_text_generator(config: ModelConfig, adapter: str | Path | None = None) 
 def load_adapter(adapter: str | Path, base: BaseModel) -> tuple[dict[str, Any], LoraConfig, PreTrainedTokenizerFast]:
     """An adapter's tree on the host, its settings, and the tokenizer saved beside it or else the base model's.
 
+    The whole tensors that it may bring are in what `adapted_base` made of its base model.
+
     Raises:
         UserError: files that are missing or damaged, or an adapter of another model.
     """
     directory = Path(adapter).expanduser()
-    lora, config = load_peft_adapter(directory, decoder=base.decoder)
+    lora, config = load_peft_adapter(directory, decoder=base.decoder, allow_modules=True)
     check_adapter(lora, base.decoder, directory)
     has_tokenizer = (directory / "tokenizer.json").is_file()
     return lora, config, load_tokenizer(Source(str(directory), directory)) if has_tokenizer else base.tokenizer

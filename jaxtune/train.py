@@ -323,10 +323,12 @@ def fit(
     if not is_first():
         return Outcome(adapter, lora, int(state.step), eval_loss)
     with directory.replacing("adapter") as temporary:
-        save_peft_adapter(temporary, lora, config.lora, base.source, decoder=base.decoder)
+        save_peft_adapter(temporary, lora, config.lora, base.source, decoder=base.decoder, modules=base.modules)
     for meta_then, lora_then in of_best:
         with directory.replacing("adapter-best") as temporary:
-            save_peft_adapter(temporary, lora_then, config.lora, base.source, decoder=base.decoder)
+            save_peft_adapter(
+                temporary, lora_then, config.lora, base.source, decoder=base.decoder, modules=base.modules
+            )
         progress.note(f"adapter-best: of step {meta_then['step']}, held-out loss {meta_then['eval_loss']:.4f}")
     progress.summary(
         {

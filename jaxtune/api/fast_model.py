@@ -18,6 +18,7 @@ from jaxtune.config import LINEARS, LoraConfig, ModelConfig, TrainConfig
 from jaxtune.config_checks import parse_bytes
 from jaxtune.device_memory import check_limit, limit_memory
 from jaxtune.errors import UserError, shown
+from jaxtune.export.modules import adapted_base
 from jaxtune.generate import base_of, load_adapter
 from jaxtune.loading import resolve_dtype
 
@@ -129,6 +130,7 @@ class FastLanguageModel:
         base = find_base(config)
         lora_config, lora, tokenizer = None, None, base.tokenizer
         if is_adapter:
+            base = adapted_base(base, adapter)
             lora, lora_config, tokenizer = load_adapter(adapter, base)
             lora = jax.device_put(lora)
         base = dataclasses.replace(base, tokenizer=on_host(tokenizer))

@@ -197,6 +197,7 @@ class Model:
                 config,
                 self.base.source,
                 decoder=self.base.decoder,
+                modules=self.base.modules,
                 tokenizer=tokenizer,
                 overwrite=overwrite,
             )
@@ -260,7 +261,16 @@ class Model:
     def _export(self, directory: str | Path, target: str, tokenizer: Any, **settings: Any) -> None:
         tokenizer = self.base.tokenizer if tokenizer is None else tokenizer
         export_live(
-            directory, target, self.base.source, self.frozen, self.lora or {}, self.lora_config, tokenizer, **settings
+            directory,
+            target,
+            self.base.source,
+            self.frozen,
+            self.lora or {},
+            self.lora_config,
+            tokenizer,
+            modules=self.base.modules,
+            hf_config=self.base.hf_config,
+            **settings,
         )
 
     def _adapter_config(self) -> LoraConfig:

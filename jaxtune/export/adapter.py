@@ -11,6 +11,7 @@ import ml_dtypes
 import numpy as np
 
 from convert import peft
+from convert.peft_modules import saved_fields
 from jaxtune.config import LINEARS, LoraConfig
 from jaxtune.loading import Source, user_errors
 from jaxtune.models.config import DecoderConfig
@@ -26,6 +27,7 @@ def save_peft_adapter(
     source: Source,
     *,
     decoder: DecoderConfig | None = None,
+    modules: Mapping[str, np.ndarray] | None = None,
     tokenizer: PreTrainedTokenizerFast | None = None,
     overwrite: bool = False,
 ) -> None:
@@ -37,6 +39,7 @@ def save_peft_adapter(
         config: how it was trained.
         source: the base model; a hub model is recorded with its commit.
         decoder: the base model's; without it the names are Llama's, which all families but Phi-3 share.
+        modules: whole tensors that go with it, see jaxtune.export.modules; `decoder` has them in it.
         tokenizer: saved beside the adapter, for one whose tokens or template were changed.
         overwrite: replace an adapter that is already there.
 
@@ -53,17 +56,22 @@ def save_peft_adapter(
         "lora_dropout": config.lora_dropout,
         "use_rslora": config.use_rslora,
     }
+    if modules:
+        assert decoder is not None, "modules are of a model"
+        fields |= saved_fields(modules, tied=decoder.tie_word_embeddings)
+    tree, names = jax.device_get(dict(lora)), _names(decoder)
     with user_errors():
-        peft.save_adapter(directory, jax.device_get(dict(lora)), fields, **_names(decoder), overwrite=overwrite)
+        peft.save_adapter(directory, tree, fields, **names, modules=modules, overwrite=overwrite)
     if tokenizer is not None:
         tokenizer.save_pretrained(directory)
 
 
 def load_peft_adapter(
-    directory: str | Path, *, decoder: DecoderConfig | None = None
+    directory: str | Path, *, decoder: DecoderConfig | None = None, allow_modules: bool = False
 ) -> tuple[dict[str, Any], LoraConfig]:
     """Read an adapter that PEFT or `save_peft_adapter` wrote; `decoder` as there.
 
+    `allow_modules`: the caller takes what `modules_to_save` stored (jaxtune.export.modules); it is refused else.
     Ranks and factors that single modules have of their own are brought to one, see `convert.peft.load_adapter`.
 
     Returns:
@@ -74,7 +82,7 @@ def load_peft_adapter(
         NotImplementedError: DoRA and other kinds that compute more than B A x.
     """
     with user_errors():
-        lora, fields = peft.load_adapter(directory, **_names(decoder))
+        lora, fields = peft.load_adapter(directory, **_names(decoder), allow_modules=allow_modules)
     is_bf16 = all(leaf.dtype == ml_dtypes.bfloat16 for leaf in jax.tree.leaves(lora))
     dtype: Literal["fp32", "bf16"] = "bf16" if is_bf16 else "fp32"
     if not is_bf16:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
+import numpy as np
 
 from convert.checkpoint import open_checkpoint
 from convert.output import atomic_directory
@@ -28,6 +29,8 @@ def export_live(
     lora_config: LoraConfig | None,
     tokenizer: PreTrainedTokenizerFast,
     *,
+    modules: Mapping[str, np.ndarray] | None = None,
+    hf_config: Mapping[str, Any] | None = None,
     file_types: Sequence[str] = (),
     overwrite: bool = False,
 ) -> Path:
@@ -40,6 +43,7 @@ def export_live(
         target: merged (dense bfloat16 safetensors), merged-4bit (bitsandbytes NF4) or gguf.
         source: the base model's files. frozen, lora, lora_config: see CONTRIBUTING; no adapter is {} and None.
         tokenizer: saved beside safetensors.
+        modules, hf_config: see `Subject`.
         file_types: of GGUF files, one each. overwrite: replace what is at `directory`.
 
     Raises:
@@ -49,7 +53,9 @@ def export_live(
     directory = Path(directory)
     with user_errors(), atomic_directory(directory, overwrite=overwrite) as temporary:
         scaling = 1.0 if lora_config is None else adaptation(lora_config).scaling
-        subject = Subject(open_checkpoint(source.path), dict(frozen), jax.device_get(dict(lora)), scaling)
+        subject = Subject(
+            open_checkpoint(source.path), dict(frozen), jax.device_get(dict(lora)), scaling, modules or {}, hf_config
+        )
         if target == "gguf":
             write_ggufs(temporary, subject, "dequantized", file_types, directory.name, tokenizer)
         elif target == "merged-4bit":

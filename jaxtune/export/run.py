@@ -10,15 +10,17 @@ from typing import Any
 
 import numpy as np
 
-from convert import flax_tree
+from convert import families, flax_tree
 from convert.checkpoint import open_checkpoint
 from convert.merge import Base
 from convert.output import atomic_directory
+from convert.peft_modules import load_modules
 from jaxtune.config import DataConfig, LoraConfig, ModelConfig
 from jaxtune.config_io import load_config
 from jaxtune.data.dataset import build
 from jaxtune.errors import UserError
 from jaxtune.export.adapter import load_peft_adapter, save_peft_adapter
+from jaxtune.export.modules import with_modules
 from jaxtune.export.targets import (
     Subject,
     Written,
@@ -113,11 +115,17 @@ def _export(model: ModelConfig, adapter: Path | None, data: DataConfig | None, c
     decoder = DecoderConfig.from_hf(hf_config)
     lora: dict[str, Any] = {}
     adapted, lora_config = Adaptation(), None
+    modules: dict[str, np.ndarray] = {}
     if adapter is not None:
-        lora, lora_config = load_peft_adapter(adapter, decoder=decoder)
+        with user_errors():
+            modules, hf_config = load_modules(adapter, families.completed(hf_config))
+        decoder = DecoderConfig.from_hf(hf_config)
+        lora, lora_config = load_peft_adapter(adapter, decoder=decoder, allow_modules=True)
         adapted = adaptation(lora_config)
     # Kept in a list, since it must be gone before what was written is read back: both may not fit.
     frozen = [load_model(model, dtype, source=source).frozen]
+    if modules:
+        frozen = [with_modules(frozen.pop(), modules, checkpoint.hf_config, hf_config, dtype)]
 
     logits = functools.partial(text_logits, batch=batch, decoder=decoder, dtype=dtype)
     reference = logits(frozen[0], lora, adaptation=adapted) if verify else None
@@ -126,7 +134,7 @@ def _export(model: ModelConfig, adapter: Path | None, data: DataConfig | None, c
         without = compare(reference, logits(frozen[0], {}, adaptation=Adaptation()), batch)
         _say(f"without the adapter: {without}")
     with user_errors(), atomic_directory(config.out, overwrite=config.overwrite) as directory:
-        subject = Subject(checkpoint, frozen.pop(), lora, adapted.scaling)
+        subject = Subject(checkpoint, frozen.pop(), lora, adapted.scaling, modules, hf_config if modules else None)
         written = _write(directory, subject, config, source, tokenizer, lora_config)
         del subject
         for one in written:
@@ -210,6 +218,9 @@ def _write(
     if config.target == "flax":
         return write_flax(directory, subject)
     assert lora_config is not None, config.target
-    decoder = DecoderConfig.from_hf(subject.checkpoint.hf_config)
-    save_peft_adapter(directory, subject.lora, lora_config, source, decoder=decoder, tokenizer=tokenizer)
+    decoder = DecoderConfig.from_hf(subject.model.hf_config)
+    modules = subject.modules
+    save_peft_adapter(
+        directory, subject.lora, lora_config, source, decoder=decoder, modules=modules, tokenizer=tokenizer
+    )
     return []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from convert.gguf.ollama import modelfile
 from convert.gguf.writer import write_gguf
 from convert.merge import DTYPES, Base, base_values, merged
 from convert.output import tokenizer_of, write_description
+from convert.peft_modules import placed
 from convert.progress import Progress
 from convert.safetensors_io import TensorInfo, write_model
 from jaxtune.errors import UserError
@@ -31,13 +32,25 @@ class Subject:
     """What is exported.
 
     checkpoint: the base model's files. frozen: its parameters as they were trained with, on the device. lora: the
-    adapter's tree of NumPy arrays, or {}. scaling: on B A.
+    adapter's tree of NumPy arrays, or {}. scaling: on B A. modules: whole tensors of the adapter's, which `frozen` has
+    already (jaxtune.export.modules). hf_config: of the model with them; None for the base model's.
     """
 
     checkpoint: Checkpoint
     frozen: dict[str, Any]
     lora: dict[str, Any]
     scaling: float
+    modules: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    hf_config: Mapping[str, Any] | None = None
+
+    @property
+    def model(self) -> Checkpoint:
+        """The checkpoint with the config of what is exported: config and tokenizer go with the weights."""
+        return (
+            self.checkpoint
+            if self.hf_config is None
+            else dataclasses.replace(self.checkpoint, hf_config=dict(self.hf_config))
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +66,7 @@ def write_merged(directory: Path, subject: Subject, base: Base, dtype: str) -> l
     """Dense safetensors that transformers loads."""
     infos, read = _tensors(subject, base, DTYPES[dtype], directory)
     write_model(directory, infos, read)
-    write_description(directory, subject.checkpoint, dtype=DTYPES[dtype])
+    write_description(directory, subject.model, dtype=DTYPES[dtype])
     return [Written(directory, False, _precision(base, "16 bits"))]
 
 
@@ -65,7 +78,7 @@ def write_merged_4bit(directory: Path, subject: Subject, base: Base, dtype: str)
     infos = {name: TensorInfo(tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
     write_model(directory, infos, tensors.__getitem__)
     quantization = bnb4bit.quantization_config(compute_dtype=DTYPES[dtype].name)
-    write_description(directory, subject.checkpoint, dtype=DTYPES[dtype], quantization=quantization)
+    write_description(directory, subject.model, dtype=DTYPES[dtype], quantization=quantization)
     return [Written(directory, True, "quantised")]
 
 
@@ -77,7 +90,7 @@ def write_ggufs(
     for file_type in file_types:
         path = directory / f"{name}-{file_type}.gguf"
         infos, read = _tensors(subject, base, DTYPES["fp32"], path)
-        config, vocabulary = subject.checkpoint.hf_config, tokenizer_of(subject.checkpoint)
+        config, vocabulary = subject.model.hf_config, tokenizer_of(subject.checkpoint)
         write_gguf(path, config, infos, read, vocabulary, file_type=file_type, name=name)
         precision = {"F32": "16 bits", "F16": "16 bits", "BF16": "16 bits", "Q8_0": "8 bits"}.get(
             file_type, "quantised"
@@ -90,6 +103,10 @@ def write_ggufs(
 
 def write_gguf_lora(directory: Path, subject: Subject, name: str) -> list[Written]:
     """The adapter alone, for llama.cpp's --lora."""
+    if subject.modules:
+        raise NotImplementedError(
+            f"llama.cpp's adapters have no form for whole tensors ({', '.join(subject.modules)}); export --to gguf"
+        )
     path = directory / f"{name}-lora.gguf"
     checkpoint = subject.checkpoint
     write_gguf_adapter(path, checkpoint.hf_config, subject.lora, subject.scaling, rows=checkpoint.linear_rows)
@@ -101,7 +118,7 @@ def write_flax(directory: Path, subject: Subject) -> list[Written]:
     variables = {"params": jax.device_get(subject.frozen)} | ({"lora": subject.lora} if subject.lora else {})
     flax_tree.save_tree(directory, variables, lora_scaling=subject.scaling if subject.lora else None)
     dtype = np.asarray(subject.frozen["norm"]["scale"]).dtype
-    write_description(directory, subject.checkpoint, dtype=dtype)
+    write_description(directory, subject.model, dtype=dtype)
     return [Written(directory, True, "exact")]
 
 
@@ -112,13 +129,16 @@ def _tensors(
         raise UserError(
             f"{subject.checkpoint.path}: it is stored in 4 bits and has no original weights; use --base dequantized"
         )
-    values = base_values(subject.checkpoint, "original") if base == "original" else _as_trained(subject.frozen)
+    values = _as_trained(subject.frozen)
+    if base == "original":
+        base_slots = [load.slot for load in subject.checkpoint.loads]
+        values = placed(base_values(subject.checkpoint, "original"), subject.modules, base_slots)
     infos, read = merged(_slots(subject), values, subject.lora, subject.scaling, dtype)
     return infos, Progress(f"write {path.name}" if path.suffix == ".gguf" else "write", len(infos)).watch(read)
 
 
 def _slots(subject: Subject) -> list[Slot]:
-    return subject.checkpoint.family.slots(subject.checkpoint.hf_config)
+    return subject.checkpoint.family.slots(subject.model.hf_config)
 
 
 def _as_trained(frozen: dict[str, Any]) -> Callable[[Slot], np.ndarray]:
