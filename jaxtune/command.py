@@ -51,6 +51,12 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _unraisable(unraisable: sys.UnraisableHookArgs) -> None:
+    """As Python shows them, but for what comes too late: a write that ends after Orbax has given up the save."""
+    if "Event loop is closed" not in str(unraisable.exc_value):
+        sys.__unraisablehook__(unraisable)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the main job and return the exit status (`--help` lists them)."""
     options = make_parser().parse_args(arguments)
@@ -82,6 +88,7 @@ def _run(options: argparse.Namespace, launch: Launch | None) -> int:
         # Where a save fails, Orbax's threads log their tracebacks, and it raises what is said in one message here.
         for library in ("absl", "asyncio", "concurrent.futures"):
             logging.getLogger(library).setLevel(logging.CRITICAL)
+        sys.unraisablehook = _unraisable
     # Read when the GPU client starts: memory is taken as it is needed instead of three quarters of the card at once.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     try:

@@ -1,4 +1,4 @@
-"""A long run that must not change as it goes on: nothing compiled, no memory grown, no step lost; then all that follows.
+"""A long run that must not change as it goes on: nothing compiled, no memory grown, no step lost; and what follows.
 
     python benchmarks/reliability/soak.py --steps 5000
     python benchmarks/reliability/soak.py --shape llama3-8b --steps 300 --batch 2 --length 1024      # on a GPU

@@ -90,6 +90,7 @@ def run_main(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", shared / "datasets")
     monkeypatch.setattr(logging.root, "handlers", [])
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
     before = jax.config.values["jax_compilation_cache_dir"]
 
     def run(*arguments: str | Path) -> tuple[int, str]:

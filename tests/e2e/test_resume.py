@@ -291,6 +291,8 @@ def test_new_run_never_overwrites_another(interrupted: Path, copy: Path, run_mai
     assert contents(copy) == before
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_full_disk_ends_in_one_message_and_the_run_goes_on(write_run: WriteRun, tmp_path: Path, run_main: Main) -> None:
     """No file may grow beyond 40 kB: the first save fails, and the same command with room goes through."""
     config = write_run(train={"max_steps": 2}, output={"save_steps": 1, "compile_cache": None})
