@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
+import jax
 import pytest
 
 from pallas_kernels._device import compute_capability
@@ -33,6 +35,16 @@ def no_gradient(x, scale, *, eps):
 def breaks(x, scale, *, eps):
     raise RuntimeError("no such kernel")
 """
+
+
+@pytest.fixture
+def compiled_quickly() -> Iterator[None]:
+    """XLA leaves out what makes programs fast: what is run once, is mostly compiled."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 needs_no_gpu = pytest.mark.skipif(compute_capability() is not None, reason="says what happens without a GPU")
 
 
@@ -50,6 +62,7 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
 
 @pytest.mark.slow
 @needs_no_gpu
+@pytest.mark.usefixtures("compiled_quickly")
 def test_every_op_is_right_and_lowers_on_its_first_case() -> None:
     for op, cases in command.CASES.items():
         small, real = (next(chosen(cases(reduced), [])) for reduced in (True, False))
