@@ -6,7 +6,8 @@ The model has the shape of Llama-3-8B, NF4 with double quantisation and an adapt
 random weights made on the device: the time of a token does not depend on them. Each case is a process of its own,
 since JAX cannot reset its peak counter. Before it is timed, the tokens are compared with those that the whole model
 gives without a cache. Times are medians of several generations after one that compiles; a token's time leaves out the
-prompt's. `--tiny` takes a small shape, to try the script on a CPU.
+prompt's. `--unroll` decodes with one program for all layers. `--tiny` takes a small shape and few tokens, to try the
+script on a CPU.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -60,12 +62,12 @@ CASES = {
 REPEATS = 5
 
 
-def make_generator(hf_config: dict[str, Any]) -> Generator:
+def make_generator(hf_config: dict[str, Any], unroll: bool) -> Generator:
     """The model and its adapter, random, on the device."""
     dtype, decoder = resolve_dtype(), DecoderConfig.from_hf(hf_config)
     frozen = random_arrays(frozen_structure(hf_config, ModelConfig("-"), dtype), seed=1)
     lora = random_arrays(jax.eval_shape(lambda: init_lora(LORA, decoder)), seed=2)
-    return Generator(frozen, lora, decoder, adaptation(LORA), dtype)
+    return Generator(frozen, lora, decoder, adaptation(LORA), dtype, unroll)
 
 
 def check(generator: Generator) -> float:
@@ -94,16 +96,18 @@ def check(generator: Generator) -> float:
     return float(np.max((values.max(axis=1) - chosen) / values.std(axis=1)))
 
 
-def measure(name: str, tiny: bool) -> dict[str, Any]:
+def measure(name: str, tiny: bool, unroll: bool) -> dict[str, Any]:
     """One case, in this process."""
     hf_config = LLAMA_3_8B | (TINY if tiny else {})
     case = CASES[name]
+    if tiny:
+        case = dataclasses.replace(case, new=40)
     limit_memory(None)
-    generator = make_generator(hf_config)
+    generator = make_generator(hf_config, unroll)
     jax.block_until_ready(generator.frozen)
     held = tree_bytes(generator.frozen) + tree_bytes(generator.lora)
     off = check(generator)
-    row: dict[str, Any] = {"case": name, **dataclasses.asdict(case), "off_best_logit": round(off, 4)}
+    row: dict[str, Any] = {"case": name, **dataclasses.asdict(case), "unroll": unroll, "off_best_logit": round(off, 4)}
     # Of bfloat16's rounding through all layers; a wrong cache or position is off by whole deviations.
     if not off < 0.2:
         return row | {"failed": "the tokens are not those of the whole model"}
@@ -139,7 +143,7 @@ def measure(name: str, tiny: bool) -> dict[str, Any]:
     }
 
 
-def _embedding_bytes(frozen: dict[str, Any]) -> int:
+def _embedding_bytes(frozen: Mapping[str, Any]) -> int:
     return tree_bytes(frozen["embed_tokens"]) if "lm_head" in frozen else 0
 
 
@@ -149,14 +153,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--tiny", action="store_true", help="a small shape, to try the script")
+    parser.add_argument("--unroll", action="store_true", help="decode with one program for all layers")
     parser.add_argument("--here", action="store_true", help="one case in this process, its row to stdout")
     options = parser.parse_args()
     if options.here:
-        print(json.dumps(measure(options.cases[0], options.tiny)))
+        print(json.dumps(measure(options.cases[0], options.tiny, options.unroll)))
         return
     rows = []
+    flags = [f"--{flag}" for flag in ("tiny", "unroll") if getattr(options, flag)]
     for name in options.cases:
-        command = [sys.executable, __file__, "--here", "--cases", name, *(["--tiny"] if options.tiny else [])]
+        command = [sys.executable, __file__, "--here", "--cases", name, *flags]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         rows.append({"case": name, "failed": done.stderr[-400:]} if done.returncode else json.loads(done.stdout))
         print(json.dumps(rows[-1]), flush=True)

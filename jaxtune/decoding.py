@@ -61,6 +61,7 @@ class Generator:
     """A model that continues token ids: its two parameter trees and how they are computed.
 
     frozen, lora: see CONTRIBUTING; `lora` may be {}. decoder, adaptation, dtype: as in training.
+    unroll: one program for all layers of a token instead of a loop over one layer's, which takes longer to compile.
     """
 
     frozen: Tree
@@ -68,6 +69,7 @@ class Generator:
     decoder: DecoderConfig
     adaptation: Adaptation
     dtype: Any
+    unroll: bool = False
 
     def stream(
         self,
@@ -100,7 +102,17 @@ class Generator:
             started = time.perf_counter()
             limit = min(steps, max_new_tokens - done)
             state, tokens, count = decode(
-                self.frozen, lora, state, settings, key, stops, limit, self.decoder, self.adaptation, self.dtype
+                self.frozen,
+                lora,
+                state,
+                settings,
+                key,
+                stops,
+                limit,
+                self.decoder,
+                self.adaptation,
+                self.dtype,
+                self.unroll,
             )
             made = np.asarray(tokens)[:, : int(count)]
             done += made.shape[1]
@@ -196,6 +208,7 @@ def _forward(
     start: Array,
     first: Array,
     *computed: Any,
+    unroll: bool = False,
 ) -> tuple[Cache, Array]:
     """Run tokens that stand at index `start` of the cache; the cache after them, and the last one's logits [B, V]."""
     config, adaptation, dtype = computed
@@ -210,6 +223,7 @@ def _forward(
         config,
         adaptation,
         dtype=dtype,
+        unroll=unroll,
         cache=cache,
         cache_start=start,
         cache_first=first,
@@ -233,7 +247,7 @@ def prefill_chunk(
     return _forward(frozen, lora, tokens, cache, start, first, config, adaptation, dtype)
 
 
-@partial(jax.jit, static_argnums=(7, 8, 9), donate_argnums=2)
+@partial(jax.jit, static_argnums=(7, 8, 9, 10), donate_argnums=2)
 def decode(
     frozen: Tree,
     lora: Tree,
@@ -245,6 +259,7 @@ def decode(
     config: DecoderConfig,
     adaptation: Adaptation,
     dtype: Any,
+    unroll: bool = False,
 ) -> tuple[State, Array, Array]:
     """Up to `limit` tokens of each row, fewer where all rows have finished: [B, MOST_STEPS], and how many count."""
     rows = jnp.arange(state.first.shape[0])
@@ -258,7 +273,7 @@ def decode(
         new = next_tokens(state.logits, settings, state.seen, jax.random.fold_in(key, state.count))
         seen = None if state.seen is None else state.seen.at[rows, new].set(True)
         cache, next_logits = _forward(
-            frozen, lora, new[:, None], state.cache, state.end, state.first, config, adaptation, dtype
+            frozen, lora, new[:, None], state.cache, state.end, state.first, config, adaptation, dtype, unroll=unroll
         )
         finished = state.finished | jnp.isin(new, stops)
         state = State(cache, state.end + 1, state.first, next_logits, finished, state.count + 1, seen)

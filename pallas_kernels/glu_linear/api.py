@@ -11,7 +11,7 @@ from pallas_kernels._dispatch import choose
 from pallas_kernels.glu import glu
 from pallas_kernels.glu.triton import unsupported_reason
 from pallas_kernels.glu_linear.triton import glu_linear_triton
-from pallas_kernels.lora_linear import grouped_lora_linear
+from pallas_kernels.lora_linear import few_rows, grouped_lora_linear
 from pallas_kernels.lora_linear.projection import Projection, check_group, extended_reason
 
 
@@ -33,7 +33,7 @@ def glu_linear(
         projection: the layer [N, F] behind.
         activation: as in `glu`. scaling, dropout_rate, dropout_key: as in `lora_linear`.
         name: `checkpoint_name` of the result.
-        implementation: "triton", "xla", or None to choose.
+        implementation: "few_rows", "triton", "xla", or None to choose.
 
     Returns:
         [..., N] in gate_up's dtype.
@@ -48,20 +48,22 @@ def glu_linear(
     group = (projection,)
     check_group("glu_linear", width // 2, group)
     candidates = {
+        "few_rows": lambda: few_rows.unsupported_reason(gate_up[..., : width // 2], group),
         "triton": lambda: unsupported_reason(gate_up) or extended_reason(group),
         "xla": lambda: None,
     }
-    if choose("glu_linear", implementation, candidates) == "triton":
+    chosen = choose("glu_linear", implementation, candidates)
+    if chosen == "triton":
         rows = gate_up.reshape(-1, width)
         y = glu_linear_triton(rows, projection, dropout_key, activation, scaling, dropout_rate, name)
         return y.reshape(*gate_up.shape[:-1], -1)
     gate, up = jnp.split(gate_up, 2, axis=-1)
     y = grouped_lora_linear(
-        glu(gate, up, activation=activation, implementation="xla"),
+        glu(gate, up, activation=activation, implementation="xla" if chosen == "xla" else None),
         group,
         scaling=scaling,
         dropout_rate=dropout_rate,
         dropout_key=dropout_key,
-        implementation="xla",
+        implementation=chosen,
     )
     return y if name is None else checkpoint_name(y, name)

@@ -6,12 +6,17 @@ from jax import Array
 from jaxtyping import Float, Key
 
 from pallas_kernels._dispatch import choose
+from pallas_kernels.lora_linear import few_rows
 from pallas_kernels.lora_linear.projection import Group, Projection, check_group, extended_reason
 from pallas_kernels.lora_linear.triton import lora_linear_triton
 from pallas_kernels.lora_linear.xla import lora_linear_xla
 from pallas_kernels.nf4 import NF4Tensor
 
-_IMPLEMENTATIONS = {"triton": lora_linear_triton, "xla": lora_linear_xla}
+_IMPLEMENTATIONS = {
+    "few_rows": few_rows.lora_linear_few_rows,
+    "triton": lora_linear_triton,
+    "xla": lora_linear_xla,
+}
 
 
 def lora_linear(
@@ -35,7 +40,7 @@ def lora_linear(
         lora_a: [R, K], lora_b: [N, R], in any floating dtype (cast to x's for the products); both or neither.
         scaling: lora_alpha / r, or lora_alpha / sqrt(r).
         dropout_rate: probability that an element of the adapter's input is dropped; needs `dropout_key` to take effect.
-        implementation: "triton", "xla", or None to choose.
+        implementation: "few_rows", "triton", "xla", or None to choose.
 
     Returns:
         [..., N] in x's dtype.
@@ -76,7 +81,12 @@ def grouped_lora_linear(
         As `lora_linear`.
     """
     check_group("lora_linear", x.shape[-1], group)
-    chosen = choose("lora_linear", implementation, {"triton": lambda: extended_reason(group), "xla": lambda: None})
+    candidates = {
+        "few_rows": lambda: few_rows.unsupported_reason(x, group),
+        "triton": lambda: extended_reason(group),
+        "xla": lambda: None,
+    }
+    chosen = choose("lora_linear", implementation, candidates)
     rows = x.reshape(-1, x.shape[-1])
     y = _IMPLEMENTATIONS[chosen](rows, tuple(group), dropout_key, scaling, dropout_rate)
     return y.reshape(*x.shape[:-1], -1)

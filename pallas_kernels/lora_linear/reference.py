@@ -5,6 +5,10 @@ from __future__ import annotations
 from jax import Array
 from jaxtyping import Float
 
+from pallas_kernels.lora_linear.projection import Projection
+from pallas_kernels.nf4 import NF4Tensor
+from pallas_kernels.nf4.reference import nf4_dequantize_reference
+
 
 def lora_linear_reference(
     x: Float[Array, "*M K"],
@@ -23,3 +27,12 @@ def lora_linear_reference(
         dropped = x if keep is None else x * keep
         y = y + scaling * ((dropped @ lora_a.T) @ lora_b.T)
     return y
+
+
+def projection_reference(x: Float[Array, "*M K"], projection: Projection, scaling: float) -> Float[Array, "*M N"]:
+    """One adapted layer without dropout, dense or packed, its weight and adapter in x's dtype."""
+    weight = projection.weight
+    if isinstance(weight, NF4Tensor):
+        weight = nf4_dequantize_reference(weight, x.dtype.name)
+    a, b = (v if v is None else v.astype(x.dtype) for v in (projection.lora_a, projection.lora_b))
+    return lora_linear_reference(x, weight, projection.bias, a, b, scaling, None)

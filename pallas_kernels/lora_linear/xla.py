@@ -47,7 +47,10 @@ def _fwd(
     return lora_linear_xla(x, group, dropout_key, scaling, dropout_rate), (x, group, dropout_key)
 
 
-def _bwd(scaling: float, dropout_rate: float, residuals: tuple[Any, ...], dy: Array) -> tuple[Any, ...]:
+def lora_linear_xla_backward(
+    scaling: float, dropout_rate: float, residuals: tuple[Any, ...], dy: Array
+) -> tuple[Any, ...]:
+    """The cotangents of x, the group and the key, from x, the group and the key."""
     x, group, dropout_key = residuals
     w, dy = decoded(group, dy)
     dx = dot(dy, w, 0)
@@ -60,4 +63,4 @@ def _bwd(scaling: float, dropout_rate: float, residuals: tuple[Any, ...], dy: Ar
     return dx + through_adapter, split_gradients(group, scaling * d_a, outer_transposed(t, dy)), None
 
 
-lora_linear_xla.defvjp(_fwd, _bwd)
+lora_linear_xla.defvjp(_fwd, lora_linear_xla_backward)

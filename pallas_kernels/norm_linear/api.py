@@ -7,7 +7,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float, Key
 
 from pallas_kernels._dispatch import choose
-from pallas_kernels.lora_linear import grouped_lora_linear
+from pallas_kernels.lora_linear import few_rows, grouped_lora_linear
 from pallas_kernels.lora_linear.projection import Group, check_group, extended_reason
 from pallas_kernels.norm_linear.triton import norm_linear_triton
 from pallas_kernels.rms_norm import rms_norm
@@ -36,7 +36,7 @@ def norm_linear(
         group: layers that share the normalised rows (q, k, v; or gate and up).
         scaling, dropout_rate, dropout_key: as in `lora_linear`.
         name: `checkpoint_name` of the result, for rematerialisation policies; the sum is named name_input.
-        implementation: "triton", "xla", or None to choose.
+        implementation: "few_rows", "triton", "xla", or None to choose.
 
     Returns:
         [..., sum of N], the layers' results beside each other; and x + residual.
@@ -51,6 +51,7 @@ def norm_linear(
         shapes = f"x {x.shape}, scale {scale.shape}, residual {None if residual is None else residual.shape}"
         raise ValueError(f"norm_linear: {shapes}; scale must be [{d}] and the residual like x")
     candidates = {
+        "few_rows": lambda: few_rows.unsupported_reason(x, group),
         "triton": lambda: unsupported_reason(x, scale) or extended_reason(group),
         "xla": lambda: None,
     }
@@ -64,7 +65,7 @@ def norm_linear(
     total = x if residual is None else x + residual
     h = rms_norm(total, scale, eps=eps, unit_offset=unit_offset)
     y = grouped_lora_linear(
-        h, group, scaling=scaling, dropout_rate=dropout_rate, dropout_key=dropout_key, implementation="xla"
+        h, group, scaling=scaling, dropout_rate=dropout_rate, dropout_key=dropout_key, implementation=chosen
     )
     if name is not None:
         y, total = checkpoint_name(y, name), checkpoint_name(total, f"{name}_input")

@@ -20,6 +20,7 @@ from jaxtune.lora import adaptation
 from jaxtune.models.config import DecoderConfig
 from jaxtune.models.decoder import hidden_states, logits
 from jaxtune.sampling import Sampling
+from pallas_kernels._device import lower_for_cuda
 
 LORA = LoraConfig(r=4, lora_alpha=16)
 CONFIG = decoder_config()
@@ -184,3 +185,23 @@ def test_going_beyond_the_context_is_said(generator: Generator, caplog: pytest.L
     with caplog.at_level(logging.WARNING):
         generator.generate([[1] * 511], max_new_tokens=2)
     assert "513 tokens go beyond the model's context of 512" in caplog.text
+
+
+@pytest.mark.parametrize("batch", [1, 16])
+def test_on_a_gpu_tokens_are_made_of_packed_weights(batch: int) -> None:
+    """Every linear reads its layer in the stack: none is decoded into memory, and no packed byte is copied."""
+    config = decoder_config(hidden_size=64, intermediate_size=128, head_dim=16)
+    generator = make_generator(config, jnp.bfloat16)
+    cache = empty_cache(config, batch, 256, jnp.bfloat16)
+    zeros = jnp.zeros(batch, jnp.int32)
+    state = decoding.State(
+        cache, jnp.int32(64), zeros, jnp.zeros((batch, config.vocab_size)), zeros > 0, jnp.int32(0), None
+    )
+
+    def run(frozen: Any, lora: Any, state: Any) -> Any:
+        rest = (jax.random.key(0), zeros[:0], 3, config, generator.adaptation, generator.dtype)
+        return decode(frozen, lora, state, {}, *rest)
+
+    text = lower_for_cuda(run, generator.frozen, generator.lora, state)
+    assert text.count(f'name = "nf4_matmul{"_row" if batch == 1 else ""}"') == 7
+    assert not [line for line in text.splitlines() if "dynamic_slice" in line and "ui8>" in line]

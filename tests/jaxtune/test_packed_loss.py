@@ -14,7 +14,7 @@ from tiny import accumulated, decoder_config, frozen_tree, lora_tree
 import jaxtune.models.attention
 from jaxtune.config import LoraConfig
 from jaxtune.data.documents import Document, Documents
-from jaxtune.data.packing import Documents, lay_out
+from jaxtune.data.packing import lay_out
 from jaxtune.linear import Adaptation
 from jaxtune.models.config import DecoderConfig
 from jaxtune.step import StepConfig, accumulate

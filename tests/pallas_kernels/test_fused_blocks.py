@@ -21,9 +21,9 @@ from pallas_kernels.norm_linear import norm_linear
 M, SCALING, EPS = 7, 1.75, 1e-3
 KEY = jax.random.key(5)
 GROUPS = {
-    "one": ((96, 4),),
+    "one": ((96, 1),),
     "three": ((96, 40), (32, 40), (32, 60)),
-    "one without an adapter": ((64, 4), (32, 0)),
+    "one without an adapter": ((64, 512), (32, 0)),
 }
 
 
@@ -107,6 +107,40 @@ def test_lora_linear(implementation: str, group: str, rate: float) -> None:
 
     with kernels():
         compare(ours, lambda x, members: true_linear(x, members, keep), (x, members), 1e-6)
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+def test_few_rows(rows: int) -> None:
+    """One row in float32 lanes, several on tensor cores: against the truth, and against XLA's rounding."""
+    k = 192
+    members = projections(7, k, GROUPS["one without an adapter"], bias=True)
+    rng, scale = np.random.default_rng(8), jnp.ones(k, jnp.float32)
+    x = jnp.asarray(rng.standard_normal((rows, k)), jnp.float32 if rows == 1 else jnp.bfloat16)
+
+    def linear(x: Any, members: Any, implementation: str | None = "few_rows") -> Any:
+        return grouped_lora_linear(x, members, scaling=SCALING, implementation=implementation)
+
+    def normed(x: Any, members: Any) -> Any:
+        return norm_linear(x, scale, members, eps=EPS, scaling=SCALING, implementation="few_rows")[0]
+
+    def gated(x: Any, members: Any) -> Any:
+        return glu_linear(jnp.concatenate([x, x], 1), members[0], scaling=SCALING, implementation="few_rows")
+
+    def true_norm(x: Any) -> Any:
+        return x / jnp.sqrt(jnp.mean(x**2, axis=-1, keepdims=True) + EPS)
+
+    # A result in bf16 is rounded three times (product, adapter's part, sum), its input once.
+    tolerance = 1e-6 if rows == 1 else 2 * 2.0**-8
+    with kernels():
+        np.testing.assert_array_equal(linear(x, members), linear(x, members, None))
+        for ours, truth in (
+            (linear, lambda x, members: true_linear(x, members)),
+            (normed, lambda x, members: true_linear(true_norm(x), members)),
+            (gated, lambda x, members: true_linear(jax.nn.silu(x) * x, members[:1])),
+        ):
+            compare(ours, truth, (x, members), tolerance)
+    with pytest.raises(NotImplementedError, match="a dense weight has nothing to decode"), kernels():
+        linear(x, [Projection(jnp.ones((4, k)))])
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.4])

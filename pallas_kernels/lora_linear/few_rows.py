@@ -1,0 +1,61 @@
+"""Adapted linear layers for few rows, as in generation: packed weights are decoded inside of their products.
+
+Why it exists: with few rows a product waits for its weight's bytes, and a decoded weight is eight times as many to move
+(written, then read). A layer of a stack is read where it lies. Numerics and saved values: the separate form's (see
+projection.py), with the base's product as `nf4_matmul` has it through Triton; the backward pass is that of XLA. Refuses
+dense weights, and more rows than those products take.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from pallas_kernels.lora_linear.projection import Group, dot, low_rank, stacked_a, tail_width, with_bias
+from pallas_kernels.lora_linear.xla import lora_linear_xla_backward
+from pallas_kernels.nf4 import NF4Layer, NF4Tensor
+from pallas_kernels.nf4_matmul.triton import FUSED_ROWS, can_fuse, fused_product
+from pallas_kernels.nf4_matmul.triton import unsupported_reason as product_reason
+
+
+def unsupported_reason(x: Array, group: Group) -> str | None:
+    """Why these layers cannot take x [..., K] here, or None."""
+    rows: Any = jax.ShapeDtypeStruct((x.size // x.shape[-1] if x.shape[-1] else 0, x.shape[-1]), x.dtype)
+    for p in group:
+        if not isinstance(p.weight, NF4Tensor | NF4Layer):
+            return "a dense weight has nothing to decode"
+        if not can_fuse(rows, p.weight):
+            return f"it takes up to {FUSED_ROWS} rows of 16 bits, or one of float32, not {rows.shape[0]} of {x.dtype}"
+        if (reason := product_reason(x, p.weight)) is not None:
+            return reason
+    return None
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def lora_linear_few_rows(
+    x: Array, group: Group, dropout_key: Array | None, scaling: float, dropout_rate: float
+) -> Array:
+    """[M, K] -> [M, sum of N]; see `pallas_kernels.lora_linear.api`."""
+    parts = [fused_product(x, p.weight) for p in group]
+    tail = tail_width(group, extended=False)
+    if tail:
+        t = low_rank(x, stacked_a(group, tail, scaling, x.dtype), group, dropout_key, dropout_rate)
+        column = 0
+        for i, p in enumerate(group):
+            if p.rank:
+                parts[i] = parts[i] + dot(t[:, column : column + p.rank], p.lora_b, 1)
+                column += p.rank
+    return with_bias(parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1), group)
+
+
+def _fwd(
+    x: Array, group: Group, dropout_key: Array | None, scaling: float, dropout_rate: float
+) -> tuple[Array, tuple[Any, ...]]:
+    return lora_linear_few_rows(x, group, dropout_key, scaling, dropout_rate), (x, group, dropout_key)
+
+
+lora_linear_few_rows.defvjp(_fwd, lora_linear_xla_backward)
