@@ -3,7 +3,6 @@ cross_entropy."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,22 +14,28 @@ from jax import Array, lax
 from pallas_kernels._specs import MODELS, ModelShape
 from pallas_kernels.attention import attention
 from pallas_kernels.attention.reference import attention_reference, visible
+from pallas_kernels.attention.specs import MASKS, Mask
+from pallas_kernels.attention.specs import SPECS as ATTENTION_SPECS
 from pallas_kernels.bench.case import BOTH, FORWARD, Case, flops, normal, packed, reduced
 from pallas_kernels.cross_entropy import linear_cross_entropy
 from pallas_kernels.cross_entropy.reference import linear_cross_entropy_reference
-from pallas_kernels.glu.reference import glu_reference
+from pallas_kernels.cross_entropy.specs import SPECS as CROSS_ENTROPY_SPECS
 from pallas_kernels.glu_linear import glu_linear
+from pallas_kernels.glu_linear.reference import glu_linear_reference
+from pallas_kernels.glu_linear.specs import SPECS as GLU_LINEAR_SPECS
 from pallas_kernels.lora_linear import Projection, lora_linear
-from pallas_kernels.lora_linear.reference import lora_linear_reference
-from pallas_kernels.nf4.reference import nf4_dequantize_reference
+from pallas_kernels.lora_linear.reference import projection_reference
+from pallas_kernels.lora_linear.specs import RANK, SCALING
+from pallas_kernels.lora_linear.specs import ROWS as TRAINING_ROWS
 from pallas_kernels.nf4_matmul import nf4_matmul
 from pallas_kernels.nf4_matmul.reference import nf4_matmul_reference
 from pallas_kernels.nf4_matmul.specs import ROWS
 from pallas_kernels.nf4_matmul.specs import SPECS as MATMUL_SPECS
 from pallas_kernels.norm_linear import norm_linear
-from pallas_kernels.rms_norm.reference import rms_norm_reference
+from pallas_kernels.norm_linear.reference import norm_linear_reference
+from pallas_kernels.norm_linear.specs import SPECS as NORM_LINEAR_SPECS
 
-RANK, SCALING, EPS = 64, 2.0, 1e-5
+EPS = 1e-5
 BOTH_WAYS = ("triton", "xla")
 Adapter = tuple[Array, Array]
 
@@ -71,12 +76,6 @@ def _adapter(key: Array, n: int, k: int) -> Adapter:
     return normal(keys[0], (RANK, k), k**-0.5, jnp.float32), normal(keys[1], (n, RANK), 0.1, jnp.float32)
 
 
-def _adapted(x: Array, weight: Any, adapter: Adapter) -> Array:
-    """One adapted layer by its definition, in x's dtype."""
-    a, b = (v.astype(x.dtype) for v in adapter)
-    return lora_linear_reference(x, nf4_dequantize_reference(weight, x.dtype.name), None, a, b, SCALING, None)
-
-
 def _adapted_flops(m: int, n: int, k: int, members: int = 1) -> Any:
     """Base product twice with its gradient; the adapters' three times, as they have a gradient themselves."""
     base, adapters = 2.0 * m * n * k, 2.0 * m * RANK * (n + members * k)
@@ -86,7 +85,7 @@ def _adapted_flops(m: int, n: int, k: int, members: int = 1) -> Any:
 def lora_linear_cases(small: bool) -> Iterator[Case]:
     """One adapted layer of 8,192 tokens."""
     for model, shape in _models(small):
-        m = 24 if small else 8192
+        m = 24 if small else TRAINING_ROWS
         for layer in ("o_proj", "gate_proj"):
             n, k = shape.linears[layer]
 
@@ -102,7 +101,7 @@ def lora_linear_cases(small: bool) -> Iterator[Case]:
                 BOTH_WAYS,
                 make=make,
                 call=lambda f, x, w, adapter: f(x, w, None, *adapter, scaling=SCALING),
-                reference=_adapted,
+                reference=lambda x, w, adapter: projection_reference(x, Projection(w, None, *adapter), SCALING),
                 flops=_adapted_flops(m, n, k),
                 wrt=(0, 2),
                 timed=(FORWARD, BOTH),
@@ -112,8 +111,8 @@ def lora_linear_cases(small: bool) -> Iterator[Case]:
 
 def norm_linear_cases(small: bool) -> Iterator[Case]:
     """Gate and up behind their norm and residual, 8,192 tokens; and norm and base alone, to compare with."""
-    for model, shape in _models(small):
-        m, k, n = (24 if small else 8192), shape.hidden, shape.mlp
+    for name, (width, outputs) in NORM_LINEAR_SPECS.items():
+        m, k, n = (24, 128, 256) if small else (TRAINING_ROWS, width, outputs)
         call_rest: dict[str, Any] = {"eps": EPS, "scaling": SCALING}
 
         def make(key: Array, m: int = m, n: int = n, k: int = k) -> tuple[Any, ...]:
@@ -129,10 +128,8 @@ def norm_linear_cases(small: bool) -> Iterator[Case]:
             return f(x, scale, group, residual=residual, **rest)
 
         def reference(x: Array, residual: Array, scale: Array, weights: Any, adapters: Any) -> Any:
-            total = x + residual
-            h = rms_norm_reference(total, scale, EPS)
-            parts = [_adapted(h, w, adapter) for w, adapter in zip(weights, adapters, strict=True)]
-            return jnp.concatenate(parts, axis=1), total
+            group = [Projection(w, None, *adapter) for w, adapter in zip(weights, adapters, strict=True)]
+            return norm_linear_reference(x, scale, group, residual, eps=EPS, scaling=SCALING)
 
         def make_dense(key: Array, m: int = m, n: int = n, k: int = k) -> tuple[Any, ...]:
             keys = jax.random.split(key, 4)
@@ -140,12 +137,11 @@ def norm_linear_cases(small: bool) -> Iterator[Case]:
             return x, residual, 1 + normal(keys[2], (k,), 0.1), normal(keys[3], (2 * n, k), k**-0.5)
 
         def dense_reference(x: Array, residual: Array, scale: Array, weight: Array) -> Any:
-            total = x + residual
-            return rms_norm_reference(total, scale, EPS) @ weight.T, total
+            return norm_linear_reference(x, scale, [Projection(weight)], residual, eps=EPS)
 
         yield Case(
             "norm_linear",
-            f"{model}/gate_up",
+            name,
             m,
             norm_linear,
             BOTH_WAYS,
@@ -155,11 +151,11 @@ def norm_linear_cases(small: bool) -> Iterator[Case]:
             flops=_adapted_flops(m, 2 * n, k, members=2),
             wrt=(0, 1, 4),
             timed=(FORWARD, BOTH),
-            headline=model == "llama-3-8b",
+            headline=name.startswith("llama-3-8b"),
         )
         yield Case(
             "norm_linear",
-            f"{model}/gate_up, dense without adapters",
+            f"{name}, dense without adapters",
             m,
             norm_linear,
             ("xla",),
@@ -169,26 +165,25 @@ def norm_linear_cases(small: bool) -> Iterator[Case]:
             flops=flops(4.0 * m * n * k, 8.0 * m * n * k),
             wrt=(0, 1),
             timed=(FORWARD, BOTH),
-            headline=model == "llama-3-8b",
+            headline=name.startswith("llama-3-8b"),
         )
 
 
 def glu_linear_cases(small: bool) -> Iterator[Case]:
     """The gated unit and the layer behind it, 8,192 tokens."""
-    for model, shape in _models(small):
-        m, n, k = (24 if small else 8192), shape.hidden, shape.mlp
+    for name, (outputs, width) in GLU_LINEAR_SPECS.items():
+        m, n, k = (24, 128, 256) if small else (TRAINING_ROWS, outputs, width)
 
         def make(key: Array, m: int = m, n: int = n, k: int = k) -> tuple[Any, ...]:
             keys = jax.random.split(key, 3)
             return normal(keys[0], (m, 2 * k)), packed(keys[1], (n, k)), _adapter(keys[2], n, k)
 
         def reference(gate_up: Array, weight: Any, adapter: Adapter) -> Array:
-            gate, up = jnp.split(gate_up, 2, axis=1)
-            return _adapted(glu_reference(gate, up, "silu"), weight, adapter)
+            return glu_linear_reference(gate_up, Projection(weight, None, *adapter), scaling=SCALING)
 
         yield Case(
             "glu_linear",
-            f"{model}/down_proj",
+            name,
             m,
             glu_linear,
             BOTH_WAYS,
@@ -198,48 +193,38 @@ def glu_linear_cases(small: bool) -> Iterator[Case]:
             flops=_adapted_flops(m, n, k),
             wrt=(0, 2),
             timed=(FORWARD, BOTH),
-            headline=model == "llama-3-8b",
+            headline=name.startswith("llama-3-8b"),
         )
-
-
-@dataclasses.dataclass(frozen=True)
-class _Mask:
-    name: str
-    documents: bool = False
-    window: int | None = None
-    cap: float | None = None
-
-
-_MASKS = (
-    _Mask("causal"),
-    _Mask("packed", documents=True),
-    _Mask("packed, soft-cap", documents=True, cap=50.0),
-    _Mask("packed, window", documents=True, window=512),
-)
 
 
 def attention_cases(small: bool) -> Iterator[Case]:
     """4 x 2,048 tokens: one document a row, or four of unequal length, with soft-cap or window."""
-    for model, shape in _models(small):
+    for model, sizes in ATTENTION_SPECS.items():
         b, t = (2, 40) if small else (4, 2048)
+        heads = (4, 2, 64) if small else sizes
         starts = np.array([0, 1, 3, 4]) * t // 8
         ids = np.searchsorted(starts, np.arange(t), side="right").astype(np.int32)
-        for mask in _MASKS:
+        for mask in MASKS:
             lengths = np.diff([*starts, t]) if mask.documents else np.array([t])
             window = None if mask.window is None else min(mask.window, t // 4)
             seen = b * sum(sum(min(i + 1, window or t) for i in range(length)) for length in map(int, lengths))
-            products = 4.0 * shape.heads * shape.head_width * seen
+            products = 4.0 * heads[0] * heads[2] * seen
 
             def make(
-                key: Array, b: int = b, t: int = t, shape: ModelShape = shape, mask: _Mask = mask, ids: Any = ids
+                key: Array,
+                b: int = b,
+                t: int = t,
+                heads: tuple[int, int, int] = heads,
+                mask: Mask = mask,
+                ids: Any = ids,
             ) -> tuple[Any, ...]:
                 keys = jax.random.split(key, 3)
-                heads = (shape.heads, shape.kv_heads, shape.kv_heads)
-                qkv = [normal(k, (b, t, n, shape.head_width)) for k, n in zip(keys, heads, strict=True)]
+                counts = (heads[0], heads[1], heads[1])
+                qkv = [normal(k, (b, t, n, heads[2])) for k, n in zip(keys, counts, strict=True)]
                 return *qkv, (jnp.broadcast_to(ids, (b, t)) if mask.documents else None)
 
             def reference(
-                q: Array, k: Array, v: Array, segments: Array | None, mask: _Mask = mask, window: int | None = window
+                q: Array, k: Array, v: Array, segments: Array | None, mask: Mask = mask, window: int | None = window
             ) -> Array:
                 index = jnp.arange(q.shape[1])
 
@@ -271,17 +256,18 @@ def attention_cases(small: bool) -> Iterator[Case]:
 
 def cross_entropy_cases(small: bool) -> Iterator[Case]:
     """Head and loss of 4 x 2,048 tokens, all of them learnt, forward and backward."""
-    for model, shape in _models(small):
+    for model, (rows, width) in CROSS_ENTROPY_SPECS.items():
         b, t = (2, 20) if small else (4, 2048)
-        products = 2.0 * b * t * shape.hidden * shape.vocabulary
+        v, d = (500, 128) if small else (rows, width)
+        products = 2.0 * b * t * d * v
 
-        def make(key: Array, b: int = b, t: int = t, shape: ModelShape = shape) -> tuple[Any, ...]:
+        def make(key: Array, b: int = b, t: int = t, v: int = v, d: int = d) -> tuple[Any, ...]:
             keys = jax.random.split(key, 3)
             hidden, head = (
-                normal(keys[0], (b, t, shape.hidden)),
-                normal(keys[1], (shape.vocabulary, shape.hidden), 0.02),
+                normal(keys[0], (b, t, d)),
+                normal(keys[1], (v, d), 0.02),
             )
-            targets = jax.random.randint(keys[2], (b, t), 0, shape.vocabulary)
+            targets = jax.random.randint(keys[2], (b, t), 0, v)
             return hidden, head, targets, jnp.full((b, t), 1 / (b * t), jnp.float32)
 
         def reference(hidden: Array, head: Array, targets: Array, weights: Array) -> Array:
