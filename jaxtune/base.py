@@ -30,7 +30,8 @@ class BaseModel:
     """A base model, known but for its weights.
 
     dtype: compute dtype. fingerprint: hash of its content, which a resumed run must find again. load: gives the frozen
-    parameters on the device, read from the files or as they stand there already. modules: whole tensors by HF name that
+    parameters on the device, read from the files or as they stand there already; from files also over a mesh, given
+    what `mesh.placing` makes. modules: whole tensors by HF name that
     an adapter brings in place of the base's (jaxtune.export.modules). hf_config: of the model with them, else None.
     """
 
@@ -39,7 +40,7 @@ class BaseModel:
     decoder: DecoderConfig
     dtype: jnp.dtype
     fingerprint: str
-    load: Callable[[], Any]
+    load: Callable[..., Any]
     hf_config: Mapping[str, Any] | None = None
     modules: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
@@ -55,5 +56,5 @@ def find_base(config: ModelConfig) -> BaseModel:
         decoder,
         dtype,
         fingerprint(source),
-        load=lambda: load_model(config, dtype, source=source).frozen,
+        load=lambda place=None: load_model(config, dtype, source=source, place=place).frozen,
     )

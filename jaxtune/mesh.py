@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -53,15 +53,37 @@ def place_state(state: TrainState, mesh: Mesh, *, paged: bool) -> TrainState:
     return whole
 
 
-def place_frozen(frozen: Any, state: TrainState, mesh: Mesh) -> tuple[Any, Parts | None]:
-    """The frozen weights where the step keeps them, and how all is cut.
+def placing(mesh: Mesh, decoder: DecoderConfig) -> Callable[[tuple[str, ...], Any, bool], Any] | None:
+    """What puts the frozen weights, one tensor after another, where the step keeps them; None on one device.
 
-    Raises:
-        UserError: as `split_linears`.
+    The function takes a leaf's path, its value, and whether that has the axis of layers in front. Each device is sent
+    its part alone. It raises UserError as `split_linears` does.
     """
-    frozen = split_linears(frozen, mesh.shape["tensor"])
+    if mesh.size == 1:
+        return None
+    sizes = {axis: mesh.shape[axis] for axis in AXES}
+    table = jax.ShapeDtypeStruct((decoder.vocab_size, decoder.hidden_size), jnp.float32)
+    words = P(_vocabulary_axes(sizes, {"embed_tokens": {"embedding": table}}))
+
+    def put(path: tuple[str, ...], value: Any, layers: bool) -> Any:
+        *_, name, key = path
+        if name not in GROUP_OF_LINEAR:
+            return place(value, mesh, words if path in _TABLES else P())
+        stack = value if layers else jax.tree.map(lambda leaf: leaf[None], value)
+        stack = _split_linear({key: stack}, sizes["tensor"], name)[key]
+        specs = _linear_specs(sizes, stack, key, name)
+        if not layers:
+            stack = jax.tree.map(lambda leaf: leaf[0], stack)
+            specs = jax.tree.map(lambda spec: P(*spec[1:]), specs)
+        return place(stack, mesh, specs)
+
+    return put
+
+
+def place_frozen(frozen: Any, state: TrainState, mesh: Mesh) -> tuple[Any, Parts | None]:
+    """The frozen weights where the step keeps them, which on a mesh is where `placing` put them; and how all is cut."""
     parts = make_parts(mesh, frozen, state)
-    return place(frozen, mesh, P() if parts is None else parts.frozen), parts
+    return (place(frozen, mesh, P()) if parts is None else frozen), parts
 
 
 def placed_structures(frozen: Any, state: TrainState, mesh: Mesh, *, paged: bool) -> tuple[Any, Any, Parts | None]:
@@ -139,14 +161,19 @@ def split_linears(frozen: Mapping[str, Any], tensor: int) -> dict[str, Any]:
         return dict(frozen)
     layers = {**frozen["layers"]}
     for name, group in GROUP_OF_LINEAR.items():
-        linear = dict(layers[group][name])
-        cut = _split_packed if isinstance(linear["kernel"], NF4Tensor) else _split_dense
-        linear["kernel"] = cut(linear["kernel"], tensor, name)
-        if "bias" in linear and name not in ROW_PARALLEL:
-            bias = linear["bias"]
-            linear["bias"] = bias.reshape(bias.shape[0], tensor, -1)
-        layers[group] = {**layers[group], name: linear}
+        layers[group] = {**layers[group], name: _split_linear(layers[group][name], tensor, name)}
     return {**frozen, "layers": layers}
+
+
+def _split_linear(linear: Mapping[str, Any], tensor: int, name: str) -> dict[str, Any]:
+    split = dict(linear)
+    if tensor > 1 and "kernel" in split:
+        cut = _split_packed if isinstance(split["kernel"], NF4Tensor) else _split_dense
+        split["kernel"] = cut(split["kernel"], tensor, name)
+    if tensor > 1 and "bias" in split and name not in ROW_PARALLEL:
+        bias = split["bias"]
+        split["bias"] = bias.reshape(bias.shape[0], tensor, -1)
+    return split
 
 
 def _split_dense(w: Any, tensor: int, name: str) -> Any:

@@ -23,7 +23,7 @@ from jaxtune.devices import SHEETS, sheet, this_device
 from jaxtune.errors import UserError
 from jaxtune.loading import find_hf_config, load_tokenizer, resolve_source
 from jaxtune.metrics import format_bytes, format_seconds
-from jaxtune.planning import Plan, Reach, advice, make_plan
+from jaxtune.planning import Plan, Reach, advice, make_plan, with_mesh
 
 _COMPONENTS = {
     "weights": "frozen weights",
@@ -150,12 +150,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check_files(config)
         hf_config = find_hf_config(config.model)
         device = this_device() if options.device is None else sheet(options.device)
+        config, reason = with_mesh(config, hf_config, device, jax.device_count())
         compile_here = options.device is None and not options.no_compile and jax.default_backend() == "gpu"
         compile_here = compile_here and config.mesh.devices <= len(jax.devices())
         plan = make_plan(config, hf_config, device, compile_here=compile_here, rows=count_rows(config))
         if options.json:
             print(json.dumps(plan.to_json()))
         else:
+            if reason:
+                print(reason)
             show_plan(plan, None if plan.fits else advice(config, hf_config, device), Console())
     except (UserError, NotImplementedError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from jaxtune.config import RunConfig
+from jaxtune.config import MeshConfig, RunConfig
 from jaxtune.devices import SHEETS, Device, this_device
 from jaxtune.errors import UserError
 from jaxtune.estimate import Memory, Model, estimate_memory, largest, measure_model, step_flops, step_seconds
@@ -184,6 +184,33 @@ def make_plan(
         reaches=_reaches(config, model, device, dtype) if survey else (),
         cards={name: _reaches(config, models[dtype], card, dtype) for name, (card, dtype) in cards.items()},
         sent=sent_bytes(step_collectives(config, hf_config, resolve_dtype(dtype), policy), config) if survey else {},
+    )
+
+
+def with_mesh(config: RunConfig, hf_config: dict[str, Any], device: Device, devices: int) -> tuple[RunConfig, str]:
+    """The run with a mesh where it says `auto`, and the reason for it.
+
+    Of as many devices the fewest go along fsdp with which the run fits, and neighbours first, the rest along data.
+
+    Raises:
+        UserError: as `RunConfig`, above all where `train.batch_size` is no multiple of the devices.
+    """
+    if not config.mesh.auto:
+        return config, ""
+    on_one = dataclasses.replace(config, mesh=MeshConfig())
+    if devices == 1:
+        return on_one, "mesh auto: there is one device"
+    for fsdp in (size for size in range(1, devices + 1) if devices % size == 0):
+        spread = dataclasses.replace(config, mesh=MeshConfig(data=devices // fsdp, fsdp=fsdp))
+        plan = make_plan(spread, hf_config, device, survey=False)
+        if plan.fits:
+            break
+    holds = "all of it" if fsdp == 1 else f"a part of it in {fsdp}"
+    verdict = "which fits" if plan.fits else "which does not fit either"
+    return spread, (
+        f"mesh auto: data {spread.mesh.data}, fsdp {fsdp}, since each device holds {holds}: "
+        f"{format_bytes(plan.memory.resident)} of weights and state, about {format_bytes(plan.memory.peak)} in a step, "
+        f"{verdict} in {format_bytes(plan.device.usable)}"
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -17,13 +16,15 @@ from jaxtune.processes import several
 
 def check_devices(mesh: MeshConfig) -> None:
     """Raise UserError where the mesh asks for more devices than there are, or leaves some of several processes out."""
+    if mesh.auto:
+        return
     if several() and mesh.devices != len(jax.devices()):
         raise UserError(
             f"mesh has {mesh.devices} devices, the {jax.process_count()} processes have {len(jax.devices())}, of which "
             "each takes part; set mesh so that its product is that"
         )
     if mesh.devices > len(jax.devices()):
-        axes = " or ".join(f"mesh.{axis}" for axis, size in dataclasses.asdict(mesh).items() if size > 1)
+        axes = " or ".join(f"mesh.{axis}" for axis, size in mesh.axes.items() if size > 1)
         raise UserError(f"mesh asks for {mesh.devices} devices, this machine has {len(jax.devices())}; lower {axes}")
 
 

@@ -45,8 +45,10 @@ def is_first() -> bool:
 
 
 @contextlib.contextmanager
-def joined(launch: Launch | None) -> Iterator[None]:
+def joined(launch: Launch | None, note: Callable[[str], None]) -> Iterator[None]:
     """The context in which this process is one of the run's; to be entered before JAX starts its devices.
+
+    note: is told who joins, and when all have.
 
     Raises:
         UserError: the processes do not find each other.
@@ -54,10 +56,12 @@ def joined(launch: Launch | None) -> Iterator[None]:
     if launch is None:
         yield
         return
+    note(f"{launch.describe()}; waiting for the others, {_START_SECONDS} s at most")
     _initialize(launch)
     watch = Watch(launch.process, launch.processes)
     try:
         _start(watch, launch)
+        note(f"all {launch.processes} processes are here, with {jax.device_count()} devices")
         yield
         # Whoever is ready waits, so that one that fails at its last file is noticed.
         together()

@@ -103,7 +103,7 @@ def step_settings(config: RunConfig, decoder: DecoderConfig, dtype: Any, policy:
 def compile_step(config: RunConfig, hf_config: Mapping[str, Any], dtype: Any, policy: str) -> jax.stages.Compiled:
     """The run's step, compiled for the devices at hand from shapes alone: no weight is read, no memory taken."""
     decoder = DecoderConfig.from_hf(hf_config)
-    mesh = make_mesh(**dataclasses.asdict(config.mesh))
+    mesh = make_mesh(**config.mesh.axes)
     settings = step_settings(config, decoder, dtype, policy)
     trees = frozen_structure(hf_config, config.model, dtype), state_structure(config, decoder, dtype)
     frozen, state, parts = placed_structures(*trees, mesh, paged=settings.paged)

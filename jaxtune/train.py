@@ -31,6 +31,7 @@ from jaxtune.data.loader import Loader, Position, Prefetch
 from jaxtune.data.report import describe_all
 from jaxtune.decoding import Generator
 from jaxtune.device_memory import check_limit, limit_memory
+from jaxtune.devices import this_device
 from jaxtune.environment import versions
 from jaxtune.errors import UserError
 from jaxtune.evaluation import check_rouge, held_out, match_answers, questions
@@ -40,11 +41,11 @@ from jaxtune.launch import Launch
 from jaxtune.loading import read_hf_config
 from jaxtune.lora import count_parameters, init_lora
 from jaxtune.memory import check_fits, device_peak, fits, out_of_memory, tree_bytes
-from jaxtune.mesh import check_mesh, own_rows, place_batch, place_frozen, place_state
+from jaxtune.mesh import check_mesh, own_rows, place_batch, place_frozen, place_state, placing
 from jaxtune.metrics import MetricsWriter, Progress, format_bytes, host_peak_rss, host_rss
 from jaxtune.nonfinite import NonfiniteUpdates, trace
 from jaxtune.optim import make_optimizer, make_schedule
-from jaxtune.planning import check_plan
+from jaxtune.planning import check_plan, with_mesh
 from jaxtune.preflight import check_devices, check_embedding, check_vocabulary, count_steps
 from jaxtune.processes import check_same, everywhere, is_first, joined, largest, own_copy, whole
 from jaxtune.report import write_report
@@ -80,9 +81,8 @@ def run(config: RunConfig, *, resume: Resume = False, launch: Launch | None = No
     limit_memory(config.train.memory_limit)
     if config.output.compile_cache is not None:
         jax.config.update("jax_compilation_cache_dir", str(Path(config.output.compile_cache).expanduser()))
-    with joined(launch), Progress(config.train.logging_steps, quiet=not is_first()) as progress:
-        if launch is not None:
-            progress.note(f"{launch.describe()}; {jax.device_count()} devices in all")
+    first = launch is None or launch.process == 0
+    with Progress(config.train.logging_steps, quiet=not first) as progress, joined(launch, progress.note):
         return train(config, resume=resume, progress=progress)
 
 
@@ -108,6 +108,9 @@ def train(config: RunConfig, *, resume: Resume = False, progress: Progress) -> O
     with RunDirectory(config, resume) as directory:
         with progress.phase("find the model"):
             base = find_base(config.model)
+        if config.mesh.auto:
+            config, reason = with_mesh(config, read_hf_config(base.source), this_device(), jax.device_count())
+            progress.note(reason)
         with progress.phase("encode the data"):
             train_data, eval_data = build(config.data, base.tokenizer), eval_sets(config.data, base.tokenizer)
         return fit(config, base, train_data, eval_data, directory=directory, progress=progress)
@@ -136,7 +139,7 @@ def fit(
     """
     settings, decoder, output, checkpoints = config.train, base.decoder, config.output, directory.checkpoints
     check_mesh(config.mesh, decoder, config.data.max_length)
-    mesh = make_mesh(**dataclasses.asdict(config.mesh))
+    mesh = make_mesh(**config.mesh.axes)
     prompts = {prompt: encode_prompt(base.tokenizer, prompt) for prompt in output.sample_prompts}
     held_out_sets = {"eval": eval_data} if isinstance(eval_data, Dataset) else dict(eval_data or {})
     count = settings.eval_answers
@@ -187,7 +190,7 @@ def fit(
     if not settings.is_paged:
         memory["optimizer"] = tree_bytes(state.opt_state)
     with progress.phase("load the model"), out_of_memory("loading the model", memory, config):
-        frozen = base.load()
+        frozen = base.load(placing(mesh, decoder))
         embedding = HostEmbedding(frozen) if config.model.embedding_on_host else None
         frozen, parts = place_frozen(frozen if embedding is None else embedding.without_table, state, mesh)
     memory["frozen weights"] = frozen_bytes = tree_bytes(frozen)

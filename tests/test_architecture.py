@@ -35,7 +35,7 @@ MAY_IMPORT = {
     "jaxtune": "jaxtune pallas_kernels jax numpy jaxtyping ml_dtypes flax optax orbax transformers jinja2 rich"
     " huggingface_hub",
     "jaxtune.api": "jaxtune jax numpy transformers datasets",
-    "jaxtune.loading": "jaxtune convert pallas_kernels jax numpy transformers",
+    "jaxtune.loading": "jaxtune convert pallas_kernels jax numpy flax transformers",
     "jaxtune.export": "jaxtune convert pallas_kernels jax numpy ml_dtypes transformers",
 }
 # One engine: nothing else stands on the main job.

@@ -85,7 +85,7 @@ class Started:
 
 def test_limit_that_comes_too_late_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     check_limit("12GiB")  # a CPU has no allocator to limit
-    monkeypatch.setattr(device_memory.jax, "devices", lambda: [Started()])
+    monkeypatch.setattr(device_memory.jax, "local_devices", lambda: [Started()])
     check_limit("13GiB")
     check_limit(None)
     with pytest.raises(UserError, match=r"JAX has started the GPU with 13\.00 GiB already"):

@@ -23,7 +23,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from convert import bnb4bit, families
 from convert import safetensors_io as sio
 from convert.gguf import open_gguf
-from jaxtune import loading
+from jaxtune import assemble, loading
 from jaxtune.config import ModelConfig
 from jaxtune.errors import UserError
 from pallas_kernels import nf4
@@ -151,10 +151,10 @@ def test_one_tensor_on_the_host_at_a_time(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_stacks_are_written_in_place() -> None:
     stack, layer = jnp.zeros((8, 128, 128)), jnp.ones((128, 128))
-    memory = loading._store.lower(stack, layer, np.int32(3)).compile().memory_analysis()
+    memory = assemble._store.lower(stack, layer, np.int32(3), (None,)).compile().memory_analysis()
     assert memory.alias_size_in_bytes == stack.nbytes
     assert memory.temp_size_in_bytes < layer.nbytes
-    stack, finite = loading._store(stack, layer, np.int32(3))
+    stack, finite = assemble._store(stack, layer, np.int32(3), (None,))
     assert bool(finite)
     np.testing.assert_array_equal(np.asarray(stack).sum((1, 2)), [0, 0, 0, 128 * 128, 0, 0, 0, 0])
 
@@ -427,7 +427,7 @@ def test_dtype_of_the_hardware(
     monkeypatch: pytest.MonkeyPatch, platform: str, capability: str | None, expected: Any
 ) -> None:
     device = SimpleNamespace(platform=platform, compute_capability=capability)
-    monkeypatch.setattr(loading.jax, "devices", lambda: [device])
+    monkeypatch.setattr(loading.jax, "local_devices", lambda: [device])
     assert loading.resolve_dtype("auto") == expected
     assert loading.resolve_dtype("fp16") == jnp.float16
 

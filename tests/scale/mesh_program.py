@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-import sys
 import tempfile
+import tracemalloc
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,13 +15,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import PartitionSpec as P
+from runs import CONFIG, save_model
 from tiny import accumulated, decoder_config, frozen_tree, lora_tree, packed_batch, random_documents
 
 from jaxtune.checkpoint import Checkpoints
 from jaxtune.collectives import collectives
-from jaxtune.config import LoraConfig
+from jaxtune.config import LoraConfig, ModelConfig
 from jaxtune.linear import Adaptation
-from jaxtune.mesh import make_parts, place, split_linears
+from jaxtune.loading import load_model
+from jaxtune.mesh import make_parts, place, placing, split_linears
+from jaxtune.models.config import DecoderConfig
 from jaxtune.optim import adamw_8bit
 from jaxtune.step import StepConfig, batch_sharding, init_state, jit_eval_step, jit_train_step, make_mesh
 
@@ -50,6 +54,9 @@ CASES: dict[str, tuple[dict[str, Any], list[dict[str, int]]]] = {
         [{"fsdp": 2, "tensor": 2}],
     ),
 }
+
+
+MIXED = {"data": 2, "fsdp": 2, "tensor": 2}
 
 
 class Run:
@@ -129,7 +136,7 @@ def compared() -> dict[str, Any]:
 
 def curves() -> dict[str, Any]:
     """20 updates on one device; and on 8, 2 and 1 devices one after another, by way of checkpoints."""
-    options = {"batch": ONE_EACH, "rate": 0.1, "num_layers": 1}
+    options = {"batch": {name: rows[:1] for name, rows in PACKED.items()}, "rate": 0.1, "num_layers": 1}
     # Every adapter of 1,024 elements has 8-bit moments, in four blocks; those of 512 keep float32 ones.
     optimizer = adamw_8bit(2e-3, min_8bit_size=1024)
     one = Run({}, optimizer=optimizer, **options).steps(20)
@@ -149,7 +156,7 @@ def programs() -> dict[str, Any]:
     """Collectives of a step as it is written, what the compiled one gathers, and bytes of a device."""
     found: dict[str, Any] = {}
     options = {"batch": PACKED, "optimizer": optax.adam(1e-3), "tie_word_embeddings": False}
-    for axes in ({}, {"data": 2}, {"fsdp": 2}, {"fsdp": 8}, {"tensor": 2}, {"sequence": 2}):
+    for axes in ({}, {"data": 2}, {"fsdp": 2}, {"fsdp": 8}, {"tensor": 2}, {"sequence": 2}, MIXED):
         run = Run(axes, **options)
         traced = run.step.trace(run.state, run.frozen, run.batch)
         counts: dict[str, int] = {}
@@ -170,6 +177,41 @@ def programs() -> dict[str, Any]:
     return found
 
 
+def loaded() -> dict[str, Any]:
+    """A model read over a mesh: whether it is the one that is read whole and then cut, and what it takes on the way."""
+    config: dict[str, Any] = CONFIG | {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 12}
+    config |= {"num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 336}
+    decoder, mesh, dtype = DecoderConfig.from_hf(config), make_mesh(fsdp=4, tensor=2), jnp.dtype(jnp.float32)
+    device, held = jax.devices()[0], []
+
+    def count(*_: int) -> None:
+        # Each buffer once: a shard that was looked at is an array as well.
+        shards = [shard for leaf in jax.live_arrays() for shard in leaf.addressable_shards if shard.device == device]
+        held.append(sum({shard.data.unsafe_buffer_pointer(): shard.data.nbytes for shard in shards}.values()))
+
+    with tempfile.TemporaryDirectory() as name:
+        model = ModelConfig(str(save_model(Path(name), **config)))
+        whole = split_linears(load_model(model, dtype).frozen, 2)
+        count()
+        tracemalloc.start()
+        frozen = load_model(model, dtype, place=placing(mesh, decoder), progress=count).frozen
+        host = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    state = init_state(lora_tree(decoder, LoraConfig(r=8)), optax.sgd(1.0), 0, dtype)
+    parts = make_parts(mesh, whole, state)
+    assert parts is not None
+    expected = place(whole, mesh, parts.frozen)
+    assert jax.tree.structure(expected) == jax.tree.structure(frozen)
+    pairs = list(zip(jax.tree.leaves(frozen), jax.tree.leaves(expected), strict=True))
+    return {
+        "same": all(a.dtype == b.dtype and np.array_equal(a, b) for a, b in pairs),
+        "cut alike": all(a.sharding.is_equivalent_to(b.sharding, a.ndim) for a, b in pairs),
+        "whole": sum(leaf.nbytes for leaf, _ in pairs),
+        "device": sum(a.addressable_shards[0].data.nbytes for a, _ in pairs),
+        "device at most": max(held) - held[0],
+        "host at most": host,
+    }
+
+
 if __name__ == "__main__":
-    parts = {"compared": compared, "curves": curves, "programs": programs}
-    print(json.dumps(parts[sys.argv[1]]()))
+    print(json.dumps({part.__name__: part() for part in (compared, curves, programs, loaded)}))

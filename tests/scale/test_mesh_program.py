@@ -14,12 +14,13 @@ import pytest
 PROGRAM = Path(__file__).with_name("mesh_program.py")
 
 
-def computed(what: str) -> dict[str, Any]:
+@pytest.fixture(scope="module")
+def found() -> dict[str, Any]:
     # What these programs take is compiled, not computed.
     flags = "--xla_force_host_platform_device_count=8 --xla_llvm_disable_expensive_passes=true"
     environment = {"XLA_FLAGS": f"{flags} --xla_backend_optimization_level=0", "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(
-        [sys.executable, PROGRAM, what],
+        [sys.executable, PROGRAM],
         env={"PYTHONPATH": ":".join(sys.path), **environment},
         capture_output=True,
         text=True,
@@ -31,19 +32,19 @@ def computed(what: str) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_losses_and_gradients_are_those_of_one_device() -> None:
-    for case, (here, one, gradient_error) in computed("compared").items():
+def test_losses_and_gradients_are_those_of_one_device(found: dict[str, Any]) -> None:
+    for case, (here, one, gradient_error) in found["compared"].items():
         for scalar in ("loss", "grad_norm", "eval"):
             np.testing.assert_allclose(here[scalar], one[scalar], rtol=1e-5, err_msg=f"{case}: {scalar}")
         assert gradient_error < 1e-5, case
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_from_eight_devices_to_two_and_one() -> None:
-    found = computed("curves")
-    assert len(found["one"]) == len(found["spread"]) == 20
-    assert found["one"][-1] < found["one"][0] - 0.5
-    np.testing.assert_allclose(found["spread"], found["one"], atol=1e-4)
+def test_a_run_goes_on_from_eight_devices_to_two_and_one(found: dict[str, Any]) -> None:
+    one, spread = found["curves"]["one"], found["curves"]["spread"]
+    assert len(one) == len(spread) == 20
+    assert one[-1] < one[0] - 0.5
+    np.testing.assert_allclose(spread, one, atol=1e-4)
 
 
 # What a step of two micro-batches over two layers with seven linears sends, once for each array: per layer, pass and
@@ -82,8 +83,21 @@ COLLECTIVES = {
 }
 
 
-def test_collectives_and_bytes_of_a_step() -> None:
-    found = computed("programs")
+@pytest.mark.slow
+def test_a_model_is_loaded_in_parts(found: dict[str, Any]) -> None:
+    """Over 4 x 2 devices; the largest tensors are gate, up and down, of 128 x 512 float32."""
+    loaded, largest = found["loaded"], 128 * 512 * 4
+    assert loaded["same"]
+    assert loaded["cut alike"]
+    assert loaded["device"] < 1.1 * loaded["whole"] / 8
+    assert loaded["device at most"] <= loaded["device"] + largest
+    # A tensor as read and what quantising takes; all weights as they are read are 45 such tensors.
+    assert loaded["host at most"] < 12 * largest
+
+
+@pytest.mark.slow
+def test_collectives_and_bytes_of_a_step(found: dict[str, Any]) -> None:
+    found = found["programs"]
     for mesh, expected in COLLECTIVES.items():
         assert found[mesh]["collectives"] == expected, mesh
     whole = found["one"]["held"]

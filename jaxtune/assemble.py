@@ -1,0 +1,65 @@
+"""Tensors in the order they are read, put together to a model's tree: on one device, or in parts over a mesh."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+
+def insert(tree: dict[str, Any], path: tuple[str, ...], value: Any, layer: int | None, count: int) -> None:
+    """Put an array, or a packed weight, into its place: a leaf of its own, or one layer of a stack of `count`.
+
+    A stack is made on first sight, cut over a mesh as its first layer is. Afterwards nothing of `value` is needed.
+
+    Raises:
+        ValueError: values that are not finite, or packed unlike the same linear's other layers.
+    """
+    *parents, key = path
+    for parent in parents:
+        tree = tree.setdefault(parent, {})
+    if layer is None:
+        tree[key], finite = value, all_finite(value)
+    else:
+        if key not in tree:
+            tree[key] = jax.tree.map(
+                lambda leaf: jnp.zeros((count, *leaf.shape), leaf.dtype, device=_of_stack(leaf)), value
+            )
+        # The structure of a packed weight includes its block sizes and dtypes.
+        stacked: Any = jax.tree.structure(tree[key])
+        if stacked != jax.tree.structure(value):
+            raise ValueError("packed in another way than in other layers; make the 4-bit checkpoint again")
+        cuts = tuple(_of_stack(leaf) for leaf in jax.tree.leaves(value))
+        tree[key], finite = _store(tree[key], value, np.int32(layer), cuts)
+    # Waiting here keeps the host from running ahead, with every tensor of the queue in device memory.
+    if not finite:
+        raise ValueError("it holds NaN, infinity or numbers beyond the compute dtype; repair it or set model.dtype")
+
+
+@jax.jit
+def all_finite(tree: Any) -> jax.Array:
+    """Whether all floating-point numbers of a tree are finite."""
+    floats = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    return functools.reduce(jnp.logical_and, [jnp.isfinite(leaf).all() for leaf in floats])
+
+
+def _of_stack(leaf: Any) -> NamedSharding | None:
+    """How a stack is cut of which this is one layer; None on one device."""
+    sharding = getattr(leaf, "sharding", None)
+    return NamedSharding(sharding.mesh, P(None, *sharding.spec)) if isinstance(sharding, NamedSharding) else None
+
+
+@functools.partial(jax.jit, donate_argnums=0, static_argnums=3)
+def _store(stack: Any, layer: Any, index: jax.Array, cuts: tuple[NamedSharding | None, ...]) -> tuple[Any, jax.Array]:
+    """Write one layer into a stack, in place; and whether all of it is finite."""
+    leaves, structure = jax.tree.flatten(stack)
+    written = []
+    for leaf, part, cut in zip(leaves, jax.tree.leaves(layer), cuts, strict=True):
+        new = jax.lax.dynamic_update_index_in_dim(leaf, part, index, 0)
+        written.append(new if cut is None else jax.lax.with_sharding_constraint(new, cut))
+    return jax.tree.unflatten(structure, written), all_finite(layer)
