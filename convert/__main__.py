@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import numpy as np
 
 from convert import bnb4bit
 from convert.checkpoint import Checkpoint, open_checkpoint
+from convert.families.table import Load
 from convert.gguf.adapter import write_gguf_adapter
 from convert.gguf.mixture import FILE_TYPES
 from convert.gguf.writer import write_gguf
@@ -26,6 +27,7 @@ from convert.peft import load_adapter
 from convert.peft_modules import load_modules, placed
 from convert.progress import Progress
 from convert.safetensors_io import TensorInfo, refuse_existing, write_model
+from pallas_kernels.nf4 import NF4Tensor
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -55,21 +57,29 @@ def _to_safetensors(options: argparse.Namespace) -> None:
 def _to_4bit(options: argparse.Namespace) -> None:
     checkpoint = model = open_checkpoint(options.model)
     dtype, double_quant = _dtype(checkpoint, options), not options.no_double_quant
-    if options.adapter is None and checkpoint.is_packed:
+    quantises = options.adapter is not None or not checkpoint.is_packed
+    if not quantises:
         # What is packed keeps its bytes, and what was left dense stays so.
         stored = {load.slot.name: load for load in checkpoint.loads}
-        weights = ((name, False, checkpoint.stored(load)) for name, load in stored.items())
+        # Views of the mapped files.
+        tensors = {key: part for name, load in stored.items() for key, part in _stored_parts(checkpoint, name, load)}
+        infos = {name: TensorInfo(tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
+        read = tensors.__getitem__
         quantization = checkpoint.hf_config.get("quantization_config") or bnb4bit.quantization_config()
     else:
         linears = {load.slot.name for load in checkpoint.loads if load.slot.is_linear}
         dense, read, model = _tensors(checkpoint, options, dtype)
-        weights = ((name, name in linears, read(name)) for name in dense)
+        infos, read = bnb4bit.packed_model(dense, read, linears, double_quant=double_quant)
         quantization = bnb4bit.quantization_config(compute_dtype=dtype.name, double_quant=double_quant)
     with atomic_directory(options.out, overwrite=options.overwrite) as directory:
-        tensors = bnb4bit.packed_model(weights, double_quant=double_quant)
-        infos = {name: TensorInfo(tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
-        write_model(directory, infos, tensors.__getitem__, max_shard_bytes=options.max_shard_bytes)
+        write_model(directory, infos, read, max_shard_bytes=options.max_shard_bytes, keep_order=quantises)
         write_description(directory, model, dtype=dtype, quantization=quantization)
+
+
+def _stored_parts(checkpoint: Checkpoint, name: str, load: Load) -> Iterable[tuple[str, np.ndarray]]:
+    """The tensors of one stored weight, packed or dense."""
+    value = checkpoint.stored(load)
+    return (bnb4bit.unpack(name, value) if isinstance(value, NF4Tensor) else {name: value}).items()
 
 
 def _to_gguf(options: argparse.Namespace) -> None:

@@ -10,11 +10,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from convert.safetensors_io import TensorInfo
 from pallas_kernels.nf4 import DYNAMIC_MAP, NF4_TABLE, NF4Tensor, quantize
 from pallas_kernels.nf4.reference import decode_scales
 
@@ -110,26 +111,65 @@ def unpack(name: str, weight: NF4Tensor) -> dict[str, np.ndarray]:
 
 
 def packed_model(
-    weights: Iterable[tuple[str, bool, np.ndarray | NF4Tensor]], *, double_quant: bool = True
-) -> dict[str, np.ndarray]:
-    """A model's tensors as bitsandbytes saves them, its layers' linears packed.
+    infos: Mapping[str, TensorInfo],
+    read: Callable[[str], np.ndarray],
+    linears: Collection[str],
+    *,
+    double_quant: bool = True,
+) -> tuple[dict[str, TensorInfo], Callable[[str], np.ndarray]]:
+    """A dense model's tensors as bitsandbytes saves them, its linears packed one at a time as they are written.
 
-    All of the packed model is held at once, since sizes are known only when the last weight is quantised.
+    Sizes are known before a weight is quantised, since its JSON is filled up with blanks, to whole words of 8 bytes for
+    all parts of a weight together. Packed weights stand before the dense tensors, so that all tensors are aligned.
 
     Args:
-        weights: (name, whether it is one of the layers' linears, values) of every tensor, in Hugging Face's form; what
-            is packed already keeps its bytes.
+        infos: of the dense tensors, by Hugging Face name.
+        read: gives one of them.
+        linears: the names of those that are packed.
         double_quant: 8-bit scales.
 
-    Raises:
-        ValueError: a linear with values that are not finite.
+    Returns:
+        What `safetensors_io.write_model` takes, to be written in this order (`keep_order`). The function raises
+        ValueError where a linear has values that are not finite, and must be asked for one weight's parts in turn.
     """
-    tensors: dict[str, np.ndarray] = {}
-    for name, is_linear, value in weights:
-        if is_linear and not isinstance(value, NF4Tensor):
-            value = quantize(value, double_quant=double_quant)
-        tensors |= unpack(name, value) if isinstance(value, NF4Tensor) else {name: value}
-    return tensors
+    parts: dict[str, dict[str, TensorInfo]] = {
+        name: _part_infos(name, infos[name], double_quant) for name in infos if name in linears
+    }
+    owner = {part: name for name, of_weight in parts.items() for part in of_weight}
+    dense = {name: info for name, info in infos.items() if name not in linears}
+    waiting: dict[str, np.ndarray] = {}
+
+    def read_part(part: str) -> np.ndarray:
+        if part in dense:
+            return read(part)
+        if part not in waiting:
+            name = owner[part]
+            tensors = unpack(name, quantize(read(name), double_quant=double_quant))
+            filled = tensors[name + _STATE].tobytes().ljust(parts[name][name + _STATE].shape[0])
+            tensors[name + _STATE] = np.frombuffer(filled, np.uint8)
+            waiting.clear()
+            waiting.update(tensors)
+        return waiting.pop(part)
+
+    return {part: info for of_weight in parts.values() for part, info in of_weight.items()} | dense, read_part
+
+
+def _part_infos(name: str, info: TensorInfo, double_quant: bool) -> dict[str, TensorInfo]:
+    """What `unpack` will give of a weight of this dtype and shape, widest dtypes first and the JSON last."""
+    size, block_size, nested_block_size = math.prod(info.shape), NF4Tensor.block_size, NF4Tensor.nested_block_size
+    blocks = -(-size // block_size)
+    f32, u8 = np.dtype(np.float32), np.dtype(np.uint8)
+    parts = {name + ".quant_map": TensorInfo(f32, (NF4_TABLE.size,))}
+    if double_quant:
+        parts[name + ".nested_quant_map"] = TensorInfo(f32, (DYNAMIC_MAP.size,))
+        parts[name + ".nested_absmax"] = TensorInfo(f32, (-(-blocks // nested_block_size),))
+    parts[name + ".absmax"] = TensorInfo(u8 if double_quant else f32, (blocks,))
+    parts[name] = TensorInfo(u8, (-(-size // 2), 1))
+    # The longest JSON that a state can have: no float64 is longer than 24 letters.
+    longest = 200 + 24 + len(json.dumps(list(info.shape)))
+    before = sum(part.nbytes for part in parts.values())
+    parts[name + _STATE] = TensorInfo(u8, (longest + -(before + longest) % 8,))
+    return parts
 
 
 def take_rows(weight: NF4Tensor, start: int, stop: int) -> NF4Tensor:

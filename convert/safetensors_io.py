@@ -260,15 +260,18 @@ def _json_bytes(content: Any) -> bytes:
     return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode("utf-8")
 
 
-def _write_tensors(handle: BinaryIO, infos: Mapping[str, TensorInfo], read: Callable[[str], np.ndarray]) -> None:
+def _write_tensors(
+    handle: BinaryIO, infos: Mapping[str, TensorInfo], read: Callable[[str], np.ndarray], *, keep_order: bool = False
+) -> None:
     # Wide dtypes first keeps every tensor aligned to its own width, as the format's other writers do.
-    names = sorted(infos, key=lambda name: (-infos[name].dtype.itemsize, name))
+    names = list(infos) if keep_order else sorted(infos, key=lambda name: (-infos[name].dtype.itemsize, name))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name in names:
         info = infos[name]
         if info.dtype not in _DTYPE_NAMES:
             raise ValueError(f"{name}: dtype {info.dtype} has no safetensors name; cast to one of {', '.join(_DTYPES)}")
+        assert offset % info.dtype.itemsize == 0, name
         offsets = [offset, offset + info.nbytes]
         header[name] = {"dtype": _DTYPE_NAMES[info.dtype], "shape": list(info.shape), "data_offsets": offsets}
         offset = offsets[1]
@@ -289,6 +292,7 @@ def write_model(
     read: Callable[[str], np.ndarray],
     *,
     max_shard_bytes: int = 5_000_000_000,
+    keep_order: bool = False,
     overwrite: bool = False,
 ) -> list[Path]:
     """Write a model directory: `model.safetensors`, or shards of at most `max_shard_bytes` and their index.
@@ -301,6 +305,7 @@ def write_model(
         infos: as in `write_file`; shards follow its order.
         read: as in `write_file`.
         max_shard_bytes: largest shard.
+        keep_order: ask for the tensors in the order of `infos`, which must align each of them to its dtype.
         overwrite: replace a model that is already there, with all its shards.
 
     Returns:
@@ -333,7 +338,9 @@ def write_model(
             handle = stack.enter_context(atomic_file(directory / INDEX_NAME, overwrite=overwrite))
             handle.write(_json_bytes({"metadata": metadata, "weight_map": weight_map}))
         for path, shard in zip(written, shards, strict=True):
-            _write_tensors(stack.enter_context(atomic_file(path, overwrite=overwrite)), shard, read)
+            _write_tensors(
+                stack.enter_context(atomic_file(path, overwrite=overwrite)), shard, read, keep_order=keep_order
+            )
     if count > 1:
         written.append(directory / INDEX_NAME)
     for file in old:

@@ -73,10 +73,8 @@ def write_merged(directory: Path, subject: Subject, base: Base, dtype: str) -> l
 def write_merged_4bit(directory: Path, subject: Subject, base: Base, dtype: str) -> list[Written]:
     """bitsandbytes' NF4, quantised anew from the merged weights."""
     infos, read = _tensors(subject, base, DTYPES[dtype], directory)
-    linears = {slot.name: slot.is_linear for slot in _slots(subject)}
-    tensors = bnb4bit.packed_model((name, linears[name], read(name)) for name in infos)
-    infos = {name: TensorInfo(tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
-    write_model(directory, infos, tensors.__getitem__)
+    infos, read = bnb4bit.packed_model(infos, read, {slot.name for slot in _slots(subject) if slot.is_linear})
+    write_model(directory, infos, read, keep_order=True)
     quantization = bnb4bit.quantization_config(compute_dtype=DTYPES[dtype].name)
     write_description(directory, subject.model, dtype=DTYPES[dtype], quantization=quantization)
     return [Written(directory, True, "quantised")]

@@ -1,0 +1,60 @@
+"""Conversions stream: the host never holds more than one tensor and 300 MiB beyond what importing takes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from convert.families import get
+from convert.safetensors_io import TensorInfo, write_model
+
+CONFIG = {
+    "model_type": "llama",
+    "hidden_size": 2048,
+    "intermediate_size": 16384,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "vocab_size": 512,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+}
+SHARD = 80 * 2**20
+PROGRAM = """
+import resource, sys
+from convert.__main__ import main
+def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+before = peak()
+assert main(sys.argv[1:]) == 0
+print(peak() - before)
+"""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """678 MB of bfloat16 in shards of one large tensor each."""
+    directory = tmp_path_factory.mktemp("model")
+    slots = {slot.name: slot.shape for slot in get("llama").slots(CONFIG)}
+    infos = {name: TensorInfo(np.dtype(ml_dtypes.bfloat16), shape) for name, shape in slots.items()}
+    some = (0.02 * np.random.default_rng(0).standard_normal(1 << 20)).astype(ml_dtypes.bfloat16)
+    write_model(directory, infos, lambda name: np.resize(some, slots[name]), max_shard_bytes=SHARD)
+    (directory / "config.json").write_text(json.dumps(CONFIG))
+    assert sum(file.stat().st_size for file in directory.glob("*.safetensors")) > 600 * 2**20
+    return directory
+
+
+@pytest.mark.parametrize(
+    "arguments", [["to-4bit"], ["to-safetensors", "--dtype", "fp16"], ["to-gguf", "--type", "Q8_0"]]
+)
+def test_peak(model: Path, tmp_path: Path, arguments: list[str]) -> None:
+    command = [sys.executable, "-c", PROGRAM, *arguments, str(model), "--out", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < SHARD + 300 * 2**20
