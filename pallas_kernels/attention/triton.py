@@ -23,7 +23,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from pallas_kernels._device import compute_capability
-from pallas_kernels._triton import WHOLE, masked_span, row_kernel_reason, triton_call
+from pallas_kernels._triton import WHOLE, row_kernel_reason, triton_call
 from pallas_kernels.attention.xla import Form
 
 _LOG2E = math.log2(math.e)
@@ -144,7 +144,7 @@ class _Reader:
 
     def at(self, ref: Any, first: Array, size: int, head: Array) -> Any:
         """A reference to [size, H] of one head."""
-        return ref.at[self.batch, pl.ds(first, size), head, masked_span(0, ref.shape[3], first)]
+        return ref.at[self.batch, pl.ds(first, size), head, :]
 
     def numbers(self, ref: Any, first: Array, size: int, head: Array) -> Array:
         """[size] of an array [B, N, T]."""

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels._device import lower_for_cuda
+from pallas_kernels._device import assume_capability, lower_for_cuda
 from pallas_kernels._triton import interpreted
 from pallas_kernels.attention import attention
 from pallas_kernels.attention import triton as kernels
@@ -114,3 +114,17 @@ def test_widths_that_are_no_power_of_two_are_refused() -> None:
     q, k, v, _ = draw(1, 8, 1, 1, 80, "bfloat16")
     with interpreted(), pytest.raises(NotImplementedError, match="powers of two from 16 to 256, not 80"):
         attention(q, k, v, implementation="triton")
+
+
+@pytest.mark.parametrize(
+    ("capability", "bytes_there"), [(8.0, 163_840), (8.6, 101_376), (8.9, 101_376), (9.0, 232_448)]
+)
+@pytest.mark.parametrize("width", [64, 128, 256])
+def test_tiles_in_flight_fit_the_gpu(capability: float, bytes_there: int, width: int) -> None:
+    q = jax.ShapeDtypeStruct((1, 4096, 8, width), jnp.bfloat16)
+    with assume_capability(capability):
+        for name in kernels.TILES:
+            tiles = kernels._tiles(name, q)
+            kept, moving = (tiles.keys, tiles.queries) if name == "keys" else (tiles.queries, tiles.keys)
+            arrays = kept * (1 if name == "forward" else 2) + 2 * tiles.stages * moving
+            assert arrays * width * 2 <= bytes_there
