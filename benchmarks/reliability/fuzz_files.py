@@ -2,11 +2,12 @@
 
     python benchmarks/reliability/fuzz_files.py --mutations 20000
 
-Of each kind of file (configuration, safetensors, GGUF, PEFT adapter, tokenizer, JSON Lines) a good one is made; every
+Of each kind of file (configuration, safetensors, bitsandbytes' states, GGUF, PEFT adapter, tokenizer, JSON Lines,
+parquet) a good one is made; every
 mutation changes bytes, cuts, doubles or drops parts of it, or swaps numbers and words for extreme ones. A reader may
 take the file, or raise UserError, ValueError or NotImplementedError, but none of ValueError's kinds, which Python's own
-parsers raise and which name no file. Anything else, more than five seconds, or much more memory than the file, is a
-finding: it is printed, and the file kept in `--keep`. Exit status 1 where there is one.
+parsers raise and which name no file. Anything else, more than five seconds of computation, or much more memory than the
+file, is a finding: it is printed, and the file kept in `--keep`. Exit status 1 where there is one.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import argparse
 import contextlib
 import dataclasses
 import io
+import json
+import logging
 import random
 import re
 import resource
@@ -30,6 +33,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import yaml
 
@@ -38,10 +42,10 @@ sys.path.insert(0, str(ROOT / "tests" / "support"))
 
 from runs import COLOURS, CONFIG, RUN, question, save_model, save_records  # noqa: E402
 
-from convert import families  # noqa: E402
+from convert import bnb4bit, families  # noqa: E402
 from convert.checkpoint import open_checkpoint  # noqa: E402
 from convert.gguf.writer import write_gguf  # noqa: E402
-from convert.safetensors_io import TensorInfo  # noqa: E402
+from convert.safetensors_io import TensorInfo, write_model  # noqa: E402
 from jaxtune.config import DataConfig, LoraConfig, ModelConfig  # noqa: E402
 from jaxtune.config_io import load_config  # noqa: E402
 from jaxtune.data.dataset import build  # noqa: E402
@@ -57,12 +61,24 @@ EXTREMES = (b"-1", b"0", b"18446744073709551615", b"1e400", b"null", b"[]", b"{}
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """directory: of a good set of files. victim: which of them is damaged. read: what takes the directory."""
+    """directory: of a good set of files. victim: which of them is damaged. read: what takes the directory. inside: a
+    word of the JSON in the victim that alone is damaged, and keeps its length.
+    """
 
     name: str
     directory: Path
     victim: str
     read: Callable[[Path], Any]
+    inside: bytes | None = None
+
+    def damaged(self, content: bytes, rng: random.Random) -> bytes:
+        """The victim's content after a mutation."""
+        if self.inside is None:
+            return mutate(content, rng)
+        start = content.rindex(b"{", 0, content.index(self.inside))
+        end = content.index(b"}", start) + 1
+        changed = mutate(content[start:end], rng)[: end - start].ljust(end - start)
+        return content[:start] + changed + content[end:]
 
 
 class TooSlow(BaseException):
@@ -89,6 +105,21 @@ def targets(root: Path) -> Iterator[Target]:
         "tokenizer", model, "tokenizer.json", lambda path: load_tokenizer(resolve_source(ModelConfig(str(path))))
     )
 
+    packed = root / "packed"
+    packed.mkdir()
+    save_model(packed)
+    plain = open_checkpoint(packed)
+    rng = np.random.default_rng(0)
+    slots = {slot.name: slot for slot in families.get("llama").slots(CONFIG)}
+    weights = [(name, slot.is_linear, rng.normal(size=slot.shape).astype(np.float32)) for name, slot in slots.items()]
+    (packed / "model.safetensors").unlink()
+    tensors = bnb4bit.packed_model(weights, double_quant=True)
+    write_model(packed, {name: TensorInfo(x.dtype, x.shape) for name, x in tensors.items()}, tensors.__getitem__)
+    stated = plain.hf_config | {"quantization_config": bnb4bit.quantization_config(compute_dtype="float32")}
+    (packed / "config.json").write_text(json.dumps(stated))
+    yield Target("bitsandbytes header", packed, "model.safetensors", _read_checkpoint)
+    yield Target("bitsandbytes state", packed, "model.safetensors", _read_checkpoint, inside=b"quant_type")
+
     gguf = root / "gguf"
     gguf.mkdir()
     slots = families.get("llama").slots(CONFIG)
@@ -110,6 +141,10 @@ def targets(root: Path) -> Iterator[Target]:
     save_records(records / "train.jsonl", [question(thing) for thing in COLOURS])
     for policy in ("error", "skip"):
         yield Target(f"JSON Lines, {policy}", records, "train.jsonl", _reader_of_records(tokenizer, policy))
+    parquet = root / "parquet"
+    parquet.mkdir()
+    datasets.Dataset.from_list([question(thing) for thing in COLOURS]).to_parquet(parquet / "train.parquet")
+    yield Target("parquet", parquet, "train.parquet", _reader_of_records(tokenizer, "error", "train.parquet"))
 
 
 def _read_checkpoint(path: Path) -> None:
@@ -122,9 +157,9 @@ def _read_checkpoint(path: Path) -> None:
         checkpoint.gguf.build_tokenizer()
 
 
-def _reader_of_records(tokenizer: Any, policy: Any) -> Callable[[Path], Any]:
+def _reader_of_records(tokenizer: Any, policy: Any, name: str = "train.jsonl") -> Callable[[Path], Any]:
     def read(path: Path) -> Any:
-        config = DataConfig(str(path / "train.jsonl"), max_length=64, overlong="truncate", on_bad_record=policy)
+        config = DataConfig(str(path / name), max_length=64, overlong="truncate", on_bad_record=policy)
         return build(config, tokenizer)
 
     return read
@@ -160,7 +195,9 @@ def mutate(content: bytes, rng: random.Random) -> bytes:
 def attempt(target: Target, directory: Path) -> str:
     """Read the damaged files; "taken", the name of our own error, or "FINDING" and what it was."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    signal.alarm(SECONDS)
+    # Of this process alone: the machine may be busy. The other one is for what waits.
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)
+    signal.alarm(12 * SECONDS)
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             target.read(directory)
@@ -169,10 +206,11 @@ def attempt(target: Target, directory: Path) -> str:
         own = isinstance(error, UserError) or type(error) in (ValueError, NotImplementedError)
         outcome = type(error).__name__ if own and str(error).strip() else "FINDING " + traceback.format_exc(limit=-4)
     except TooSlow:
-        outcome = f"FINDING longer than {SECONDS} s"
+        outcome = f"FINDING longer than {SECONDS} s of computation, or {12 * SECONDS} s"
     except Exception:  # noqa: BLE001  whatever nobody thought of is what is looked for
         outcome = "FINDING " + traceback.format_exc(limit=-4)
     finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
         signal.alarm(0)
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
     if grown > MEMORY:
@@ -192,8 +230,10 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=time.time_ns() % 2**31)
     parser.add_argument("--keep", type=Path, default=Path("fuzz-findings"), help="where files with findings go")
     options = parser.parse_args()
-    signal.signal(signal.SIGALRM, _too_slow)
+    for number in (signal.SIGALRM, signal.SIGPROF):
+        signal.signal(number, _too_slow)
     warnings.simplefilter("ignore")
+    logging.disable(logging.CRITICAL)
     rng, found = random.Random(options.seed), 0
     print(f"seed {options.seed}", flush=True)
     with tempfile.TemporaryDirectory() as name:
@@ -207,7 +247,7 @@ def main() -> int:
                 # A fresh directory each time: readers keep caches by path.
                 damaged = Path(name) / f"{kind.name}-{number}".replace(" ", "-")
                 shutil.copytree(kind.directory, damaged)
-                (damaged / kind.victim).write_bytes(mutate(content, rng))
+                (damaged / kind.victim).write_bytes(kind.damaged(content, rng))
                 outcome = attempt(kind, damaged)
                 if outcome.startswith("FINDING"):
                     found += 1

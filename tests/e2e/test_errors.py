@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -108,6 +109,29 @@ def test_out_of_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, write_ru
     )
     assert_one_message(err, named)
     assert not (tmp_path / "out").exists()
+
+
+def test_out_of_memory_at_run(monkeypatch: pytest.MonkeyPatch, write_run: WriteRun, run_main: Main) -> None:
+    """The step compiles, and its call is refused by the allocator."""
+
+    class Exhausted:
+        def lower(self, *arguments: Any) -> Exhausted:
+            return self
+
+        def compile(self) -> Exhausted:
+            return self
+
+        def memory_analysis(self) -> Any:
+            return SimpleNamespace(temp_size_in_bytes=3 * 2**30)
+
+        def __call__(self, *arguments: Any) -> None:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes.")
+
+    monkeypatch.setattr(train, "jit_train_step", lambda *arguments: Exhausted())
+    status, err = run_main("--config", write_run(data={"eval": None}))
+    assert status == 2
+    named = ("out of memory: training: RES", "  activations, gradients and logits: 3.00 GiB", "lower train.batch_size")
+    assert_one_message(err, named)
 
 
 def test_debug_shows_tracebacks_and_choices(write_run: WriteRun, run_main: Main) -> None:
