@@ -24,6 +24,7 @@ def check_here(*, large: bool) -> list[health.Check]:
     checks: dict[str, Callable[[], health.Check]] = {
         "versions": health.check_versions,
         "devices": health.check_devices,
+        "mesh": partial(health.check_mesh, device),
         "compile cache": partial(health.check_cache, cache),
         "implementations": partial(health.check_implementations, device),
         "a QLoRA step": partial(health.check_step, device),

@@ -31,8 +31,8 @@ class BaseModel:
 
     dtype: compute dtype. fingerprint: hash of its content, which a resumed run must find again. load: gives the frozen
     parameters on the device, read from the files or as they stand there already; from files also over a mesh, given
-    what `mesh.placing` makes. modules: whole tensors by HF name that
-    an adapter brings in place of the base's (jaxtune.export.modules). hf_config: of the model with them, else None.
+    what `mesh.placing` makes. modules: whole tensors by HF name that an adapter brings in place of the base's
+    (jaxtune.export.modules). hf_config: of the model with them, else None.
     """
 
     source: Source

@@ -14,8 +14,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from jaxtune.config import DataConfig, LoraConfig, ModelConfig, OutputConfig, RunConfig, TrainConfig
+from jaxtune.config import DataConfig, LoraConfig, MeshConfig, ModelConfig, OutputConfig, RunConfig, TrainConfig
 from jaxtune.devices import Device
 from jaxtune.environment import nvidia_smi, versions
 from jaxtune.loading import resolve_dtype
@@ -23,7 +25,7 @@ from jaxtune.memory import device_peak
 from jaxtune.metrics import format_bytes
 from jaxtune.models.config import DecoderConfig
 from jaxtune.optim import make_optimizer
-from jaxtune.planning import Plan, make_plan
+from jaxtune.planning import Plan, make_plan, with_mesh
 from jaxtune.step import accumulate, train_step
 from jaxtune.structure import (
     batch_structure,
@@ -98,6 +100,32 @@ def check_devices() -> Check:
     if unused is not None:
         lines.append(f"JAX does not use the {unused} of this machine: install jaxtune[cuda13] or jaxtune[cuda12]")
     return Check("devices", unused is None, tuple(lines), {"devices": devices, "unused": unused})
+
+
+def check_mesh(device: Device) -> Check:
+    """What `mesh: auto` would be here for Llama-3-8B, and how fast the devices exchange data."""
+    count = jax.device_count()
+    run = dataclasses.replace(qlora_run(4 * count, 2048), mesh=MeshConfig(auto=True))
+    chosen, reason = with_mesh(run, LLAMA_3_8B, device, count)
+    values: dict[str, Any] = {"devices": count, "mesh": chosen.mesh.axes}
+    lines = [f"for Llama-3-8B, {chosen.train.batch_size} x 2048 tokens: {reason}"]
+    if count > 1:
+        values["bytes_per_second"] = rate = _gathering_rate()
+        lines.append(f"gathering, each of the {count} devices receives {rate / 1e9:,.1f} GB/s")
+    return Check("mesh", True, tuple(lines), values)
+
+
+def _gathering_rate() -> float:
+    """Bytes a second that each device receives while all gather one array."""
+    mesh = jax.make_mesh((jax.device_count(),), ("every",), axis_types=(AxisType.Auto,))
+    parts = jnp.zeros((mesh.size, 2**22), jnp.float32, device=NamedSharding(mesh, P("every")))
+    gather: Any = jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, P()))
+    seconds = []
+    for _ in range(6):
+        started = time.perf_counter()
+        jax.block_until_ready(gather(parts))
+        seconds.append(time.perf_counter() - started)
+    return parts.nbytes * (mesh.size - 1) / mesh.size / min(seconds)
 
 
 def check_cache(directory: str) -> Check:

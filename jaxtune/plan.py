@@ -24,6 +24,7 @@ from jaxtune.errors import UserError
 from jaxtune.loading import find_hf_config, load_tokenizer, resolve_source
 from jaxtune.metrics import format_bytes, format_seconds
 from jaxtune.planning import Plan, Reach, advice, make_plan, with_mesh
+from jaxtune.traffic import scaling
 
 _COMPONENTS = {
     "weights": "frozen weights",
@@ -68,6 +69,8 @@ def show_plan(plan: Plan, remedy: str | None, console: Console) -> None:
     if plan.sent:
         along = ", ".join(f"{format_bytes(int(size))} along {axes}" for axes, size in plan.sent.items() if size > 2**20)
         say(f"each of {config.mesh.devices} devices holds this, and sends {along} in a step (docs/scale.md)")
+        shares = (f"{share:.0%} over {link}" for link, share in scaling(plan.sent, plan.seconds).items())
+        say(f"of perfect scaling, estimated as if nothing overlapped: {', '.join(shares)}")
     seconds = f"{format_seconds(plan.seconds)} a step ({plan.tokens_per_step / plan.seconds:,.0f} tokens/s), estimated"
     if plan.steps is None:
         say(f"steps: not known, since the data were not read; {plan.tokens_per_step:,} tokens and {seconds}")

@@ -15,7 +15,7 @@ from jaxtune.loading import resolve_dtype
 from jaxtune.metrics import format_bytes
 from jaxtune.remat import POLICIES
 from jaxtune.structure import compile_step, step_bytes
-from jaxtune.traffic import sent_bytes, step_collectives
+from jaxtune.traffic import scaling, sent_bytes, step_collectives
 
 # An estimate that is this much above what the device has is refused without compiling; closer ones are compiled first.
 _SURELY_TOO_MUCH = 1.25
@@ -130,6 +130,7 @@ class Plan:
             "estimated_seconds": None if self.steps is None else round(self.steps * self.seconds, 1),
             "teraflop_per_step": round(self.flops / 1e12, 3),
             "sent_bytes_per_step": {axes: round(size) for axes, size in self.sent.items()},
+            "scaling": scaling(self.sent, self.seconds) if self.sent else {},
             "policies": reaches(self.reaches),
             "cards": {name: reaches(of) for name, of in self.cards.items()},
         }

@@ -80,6 +80,8 @@ def joined(launch: Launch | None, note: Callable[[str], None]) -> Iterator[None]
 
 def _initialize(launch: Launch) -> None:
     visible = jax.config.values["jax_cuda_visible_devices"]
+    # It would take SIGTERM, and do nothing that this run knows of.
+    jax.config.update("jax_enable_preemption_service", False)
     detected = launch.launcher is not None and launch.coordinator is None
     try:
         jax.distributed.initialize(

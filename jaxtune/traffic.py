@@ -21,6 +21,14 @@ from jaxtune.step import jit_train_step
 from jaxtune.structure import batch_structure, frozen_structure, state_structure, step_settings
 from pallas_kernels.cross_entropy import chunk_tokens
 
+# Bytes a second that a device sends one way: three quarters of the data sheets' rates.
+LINKS = {"NVLink 4": 340e9, "a 400 Gb/s network": 37e9, "PCIe 4": 24e9}
+
+
+def scaling(sent: Mapping[str, float], seconds: float) -> dict[str, float]:
+    """The share of perfect scaling over each of LINKS where nothing overlaps; bytes `sent` and `seconds` of an update."""
+    return {link: seconds / (seconds + sum(sent.values()) / rate) for link, rate in LINKS.items()}
+
 
 def step_collectives(config: RunConfig, hf_config: Mapping[str, Any], dtype: Any, policy: str) -> list[Collective]:
     """The exchanges of one update under a policy of `remat.POLICIES`; none on one device.

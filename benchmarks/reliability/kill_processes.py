@@ -2,17 +2,19 @@
 
     python benchmarks/reliability/kill_processes.py --processes 3 --kills 10
 
-A tiny Llama is tuned over a mesh of as many CPU devices, on loopback, saving after each step. After a random time a
-process that is drawn gets SIGKILL, and every third time SIGTERM. The others must end by themselves: with status 3 and a
-message that names it, or, where it was asked to stop, all alike with everything saved. All are then started again with
-`--resume auto`. No step that was saved may be lost, and the losses of the whole must be those of one process that
-nobody disturbed, within 1e-5. Prints what the kills hit; exit status 1 where anything is otherwise.
+A tiny Llama is tuned over a mesh of as many CPU devices, on loopback, saving after each step. At a random time after
+all joined (before that JAX itself gives up, within 300 s) a process that is drawn gets SIGKILL, and every third time
+SIGTERM. The others must end by themselves: with status 3 and a message that names it, or, where it was asked to stop,
+all alike with everything saved. All are then started again with `--resume auto`. No step that was saved may be lost,
+and the losses of the whole must be those of one process that nobody disturbed, within 1e-5. Prints what the kills hit;
+exit status 1 where anything is otherwise.
 """
 
 from __future__ import annotations
 
 import argparse
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -53,6 +55,7 @@ def main() -> int:
     parser.add_argument("--processes", type=int, default=3)
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--longest", type=float, default=20.0, help="seconds after the start to kill within")
     parser.add_argument("--seed", type=int, default=time.time_ns() % 2**31)
     options = parser.parse_args()
     rng, count = random.Random(options.seed), options.processes
@@ -68,22 +71,31 @@ def main() -> int:
         several = ["--config", str(config), "--resume", "auto", "--set", f"mesh.data={count}", *rows]
         output, kills, starts, slowest = directory / "several", 0, 0, 0.0
         several += ["--set", f"output.dir={output}"]
-        checkpoints, longest, saved = Checkpoints(output / "checkpoints"), 40.0, 0
+        checkpoints, longest, saved = Checkpoints(output / "checkpoints"), options.longest, 0
         while True:
             starts += 1
             begun = time.monotonic()
             processes = start_processes(several, count, directory)
-            wait = begun + rng.uniform(0, longest) if kills < options.kills else begun + 600
+            while time.monotonic() < begun + 300 and "processes are here" not in logs_of(directory, count)[0]:
+                time.sleep(0.05)
+            here = time.monotonic()
+            wait = here + (rng.uniform(0, longest) if kills < options.kills else 600)
             while time.monotonic() < wait and all(process.poll() is None for process in processes):
                 time.sleep(0.02)
             if any(process.poll() is not None for process in processes):
                 # Slower ones still leave.
                 ended = wait_all(processes, time.monotonic() + ENDED_SECONDS)
                 codes = [process.returncode for process in processes]
+                longest = 1.0 + (time.monotonic() - here)
                 if not ended or any(codes):
                     print(f"start {starts}: exit statuses {codes}\n" + "\n".join(logs_of(directory, count)))
                     return 1
-                break
+                if kills >= options.kills:
+                    break
+                # It was over before the kill: from the beginning.
+                shutil.rmtree(output)
+                saved = 0
+                continue
             drawn = rng.randrange(count)
             how = signal.SIGTERM if kills % 3 == 2 else signal.SIGKILL
             processes[drawn].send_signal(how)
@@ -100,12 +112,10 @@ def main() -> int:
                 return 1
             saved = now
             print(
-                f"{kills}: {how.name} to process {drawn} after {killed - begun:.1f} s, {moment(output)}; exit statuses "
-                f"{codes} within {took:.1f} s; step {saved} is saved",
+                f"{kills}: {how.name} to process {drawn} {killed - here:.1f} s after the start, {moment(output)}; exit "
+                f"statuses {codes} within {took:.1f} s; step {saved} is saved",
                 flush=True,
             )
-            if codes == [0] * count:
-                break
         for step in checkpoints.steps():
             checkpoints.verify(step)
         runs = [computed(path) for path in (output, directory / "one")]

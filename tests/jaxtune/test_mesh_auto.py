@@ -12,6 +12,7 @@ from jaxtune.devices import sheet
 from jaxtune.errors import UserError
 from jaxtune.health import LLAMA_3_8B, qlora_run
 from jaxtune.planning import with_mesh
+from jaxtune.traffic import LINKS, scaling
 
 LARGE = LLAMA_3_8B | {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80}
 LARGE |= {"num_attention_heads": 64}
@@ -47,6 +48,12 @@ def test_rows_must_be_shared_equally() -> None:
     run = dataclasses.replace(qlora_run(4, 64), mesh=MeshConfig(auto=True))
     with pytest.raises(UserError, match=r"train.batch_size is 4, which mesh.data \* mesh.fsdp = 8 does not divide"):
         with_mesh(run, LLAMA_3_8B, sheet("h200"), 8)
+
+
+def test_scaling_is_the_share_that_is_not_spent_sending() -> None:
+    shares = scaling({"fsdp": 340e9, "data": 0.0}, 1.0)
+    assert shares["NVLink 4"] == 0.5
+    assert scaling({}, 1.0) == dict.fromkeys(LINKS, 1.0)
 
 
 def test_one_word_in_yaml() -> None:

@@ -21,6 +21,8 @@ from tiny import accumulated, decoder_config, frozen_tree, lora_tree, packed_bat
 from jaxtune.checkpoint import Checkpoints
 from jaxtune.collectives import collectives
 from jaxtune.config import LoraConfig, ModelConfig
+from jaxtune.devices import this_device
+from jaxtune.health import check_mesh
 from jaxtune.linear import Adaptation
 from jaxtune.loading import load_model
 from jaxtune.mesh import make_parts, place, placing, split_linears
@@ -213,5 +215,10 @@ def loaded() -> dict[str, Any]:
     }
 
 
+def checked() -> dict[str, Any]:
+    """The health check's word on the mesh."""
+    return dict(check_mesh(this_device()).values)
+
+
 if __name__ == "__main__":
-    print(json.dumps({part.__name__: part() for part in (compared, curves, programs, loaded)}))
+    print(json.dumps({part.__name__: part() for part in (compared, curves, programs, loaded, checked)}))

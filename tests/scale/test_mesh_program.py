@@ -80,6 +80,20 @@ COLLECTIVES = {
         "all-to-all float32 over sequence": 3 * 4 * LAYERS,
         "all-reduce float32 over sequence": 14 + 2,
     },
+    # Cut in both ways: scales that the tensor axis would part are float32, adapters are in one part for each device.
+    "data=2 fsdp=2 tensor=2": {
+        "all-gather int32 over fsdp": 2 * 2 + 2,
+        "all-gather uint8 over fsdp": 2 * LAYERS * 7,
+        "all-gather float32 over fsdp": 2 * LAYERS * 7 + 2 * 2,
+        "all-gather float32 over tensor+fsdp": 2 * LAYERS * 14,
+        "reduce-scatter float32 over tensor+fsdp": LAYERS * 14,
+        "reduce-scatter float32 over fsdp": 2 * 2 + 2,
+        "all-reduce int32 over fsdp": 2,
+        "all-reduce float32 over tensor": LAYERS * 5 + 2 * 2 + 2,
+        "all-reduce float32 over tensor+fsdp": 2 * 2 + 1,
+        "all-reduce float32 over data": 14,
+        "all-reduce float32 over data+fsdp": 2,
+    },
 }
 
 
@@ -93,6 +107,14 @@ def test_a_model_is_loaded_in_parts(found: dict[str, Any]) -> None:
     assert loaded["device at most"] <= loaded["device"] + largest
     # A tensor as read and what quantising takes; all weights as they are read are 45 such tensors.
     assert loaded["host at most"] < 12 * largest
+
+
+@pytest.mark.slow
+def test_the_health_check_knows_the_mesh(found: dict[str, Any]) -> None:
+    checked = found["checked"]
+    assert checked["devices"] == 8
+    assert checked["mesh"] in ({"data": 8 // n, "fsdp": n, "tensor": 1, "sequence": 1} for n in (1, 2, 4, 8))
+    assert checked["bytes_per_second"] > 1e6
 
 
 @pytest.mark.slow
