@@ -3,6 +3,7 @@ cross_entropy."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -65,6 +66,8 @@ def nf4_matmul_cases(small: bool) -> Iterator[Case]:
                 make=make,
                 call=lambda f, x, w: f(x, w),
                 reference=nf4_matmul_reference,
+                # What the bytes mean, not rounded to the weight's dtype: implementations round at other places.
+                truth=lambda x, w: nf4_matmul_reference(x, dataclasses.replace(w, dtype="float32")),
                 flops=flops(2.0 * m * rows * columns, 4.0 * m * rows * columns),
                 wrt=(0,),
                 headline=name == "llama-3-8b/gate_proj",
