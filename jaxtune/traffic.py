@@ -26,7 +26,10 @@ LINKS = {"NVLink 4": 340e9, "a 400 Gb/s network": 37e9, "PCIe 4": 24e9}
 
 
 def scaling(sent: Mapping[str, float], seconds: float) -> dict[str, float]:
-    """The share of perfect scaling over each of LINKS where nothing overlaps; bytes `sent` and `seconds` of an update."""
+    """The share of perfect scaling over each of LINKS where nothing overlaps.
+
+    sent: bytes in an update, by axes. seconds: of an update that sends nothing.
+    """
     return {link: seconds / (seconds + sum(sent.values()) / rate) for link, rate in LINKS.items()}
 
 

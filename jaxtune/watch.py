@@ -12,12 +12,14 @@ import os
 import secrets
 import socket
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
 # Exit status of a process that ends since another one has.
 PEER_ENDED = 3
 _CONNECT_SECONDS = 30.0
+_GRACE_SECONDS = 1.0
 _SILENT = "it was killed, or its host is gone"
 
 
@@ -104,6 +106,9 @@ class Watch:
             self._closed = True
         for connection in list(self._connections.values()):
             _send(connection, message)
+        if self._process == 0 and "ended" in message:
+            # JAX aborts the others once process 0 is gone: they shall say why before.
+            time.sleep(_GRACE_SECONDS)
         return True
 
 
