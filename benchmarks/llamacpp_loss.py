@@ -1,88 +1,147 @@
-"""The loss of GGUF files as llama.cpp computes it, beside ours on the same tokens.
+"""A model's GGUF files in llama.cpp: its loss beside ours, and its own quantisation beside ours, byte for byte.
 
-Run by hand, with llama.cpp as node-llama-cpp packs it (Node 20, no compiler):
+Run by hand, with llama.cpp as llama-cpp-python packs it (a C++ compiler, about five minutes):
 
-    mkdir nlc && cd nlc && npm init -y
-    npm install node-llama-cpp@3.22.1 @node-llama-cpp/linux-x64@3.22.1 --omit=optional --ignore-scripts
-    python benchmarks/llamacpp_loss.py --node-modules nlc --text TEXT model-F16.gguf model-Q8_0.gguf
+    CMAKE_ARGS="-DLLAVA_BUILD=OFF -DLLAMA_BUILD_TOOLS=OFF" pip install llama-cpp-python==0.3.36
+    PYTHONPATH=. python benchmarks/llamacpp_loss.py MODEL --text TEXT --tokens 2048
 
-llama.cpp quantises activations where weights are quantised, and keeps keys and values in float16.
+F32 and F16 are written from MODEL, and the other types from that F16 file, which llama.cpp quantises too. Keys and
+values are float32 in both programs; llama.cpp quantises activations where weights are quantised, ours does not.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
 import tempfile
 from pathlib import Path
+from unittest import mock
 
 import jax.numpy as jnp
+import llama_cpp
 import numpy as np
+from jaxtyping import Float
 
+from convert.__main__ import main as convert
+from convert.gguf.header import parse_header
+from convert.gguf.mixture import FILE_TYPES
 from jaxtune.config import ModelConfig
 from jaxtune.linear import Adaptation
 from jaxtune.loading import load_model, load_tokenizer, resolve_source
 from jaxtune.models.config import DecoderConfig
-from jaxtune.verify import compare, text_logits
+from jaxtune.verify import text_logits
 
-PROGRAM = """
-import {getLlama} from "node-llama-cpp";
-import fs from "node:fs";
-const [modelPath, tokensPath] = process.argv.slice(2);
-const tokens = JSON.parse(fs.readFileSync(tokensPath, "utf8"));
-const llama = await getLlama({gpu: false, build: "never", maxThreads: 2, logLevel: "error"});
-const model = await llama.loadModel({modelPath});
-const context = await model.createContext({contextSize: tokens.length + 8, threads: 2, flashAttention: false});
-const options = {temperature: 1, topK: 0, topP: 1, minP: 0};
-const items = tokens.map((token) => [token, {generateNext: {probabilities: true, options}}]);
-const found = await context.getSequence().controlledEvaluate(items);
-let total = 0;
-for (let i = 0; i + 1 < tokens.length; i++) total -= Math.log(found[i].next.probabilities.get(tokens[i + 1]));
-console.log(total / (tokens.length - 1));
-process.exit(0);
-"""
+_DENSE = ("F32", "F16", "BF16")
+# An empty system message, which keeps templates from putting one of their own.
+_QUESTION = [{"role": "system", "content": ""}, {"role": "user", "content": "What is the capital of France?"}]
 
 
-def llamacpp_loss(path: Path, tokens: list[int], node_modules: Path) -> float:
-    """Mean negative log likelihood of every token but the first."""
-    with tempfile.TemporaryDirectory(dir=node_modules) as directory:
-        program, ids = Path(directory) / "loss.mjs", Path(directory) / "tokens.json"
-        program.write_text(PROGRAM)
-        ids.write_text(json.dumps(tokens))
-        command = ["node", str(program), str(path.absolute()), str(ids)]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return float(done.stdout)
-
-
-def our_loss(path: Path, tokens: list[int]) -> float:
-    """The same here, in float32."""
+def our_logits(path: Path, tokens: list[int]) -> Float[np.ndarray, "T V"]:
+    """Of the file's weights as they are decoded, in float32."""
     dtype = jnp.dtype(jnp.float32)
     model = load_model(ModelConfig(str(path), load_in_4bit=False, dtype="fp32"), dtype)
     ids = np.array([tokens], np.int32)
     batch = {"tokens": ids, "positions": np.arange(ids.size, dtype=np.int32)[None], "segment_ids": np.ones_like(ids)}
-    decoder = DecoderConfig.from_hf(model.hf_config)
-    logits = text_logits(model.frozen, {}, batch, decoder, Adaptation(), dtype)
-    return compare(logits, logits, batch).loss
+    return text_logits(model.frozen, {}, batch, DecoderConfig.from_hf(model.hf_config), Adaptation(), dtype)[0]
+
+
+def open_theirs(path: Path, context: int) -> llama_cpp.Llama:
+    """The file in llama.cpp, with float32 keys and values."""
+    # Repacked weights crash that release where the processor has AMX, and the class has no argument for it.
+    parameters = llama_cpp.llama_model_default_params()
+    parameters.use_extra_bufts = False
+    with mock.patch.object(llama_cpp.llama_cpp, "llama_model_default_params", return_value=parameters):
+        return _open(path, context)
+
+
+def _open(path: Path, context: int) -> llama_cpp.Llama:
+    return llama_cpp.Llama(
+        str(path),
+        n_ctx=context,
+        n_batch=context,
+        n_ubatch=512,
+        logits_all=True,
+        verbose=False,
+        n_threads=2,
+        type_k=0,
+        type_v=0,
+        flash_attn=False,
+    )
+
+
+def their_logits(path: Path, tokens: list[int]) -> Float[np.ndarray, "T V"]:
+    """llama.cpp's, of the same tokens."""
+    model = open_theirs(path, len(tokens))
+    model.eval(tokens)
+    return np.array(model.scores[: len(tokens)])
+
+
+def their_quantisation(source: Path, target: Path, file_type: str) -> None:
+    """Let llama.cpp quantise the file `source`."""
+    parameters = llama_cpp.llama_model_quantize_default_params()
+    parameters.ftype, parameters.nthread = int(FILE_TYPES[file_type][1]), 2
+    status = llama_cpp.llama_model_quantize(str(source).encode(), str(target).encode(), parameters)
+    assert status == 0, (source, file_type)
+
+
+def different_tensors(one: Path, other: Path) -> tuple[list[str], int]:
+    """The tensors whose type or bytes are not the same in two GGUF files, and how many there are."""
+    files = [(data := np.memmap(path, mode="r"), parse_header(memoryview(data), path)[1]) for path in (one, other)]
+    (ours, our_tensors), (theirs, their_tensors) = files
+    assert our_tensors.keys() == their_tensors.keys()
+
+    def same(name: str) -> bool:
+        a, b = our_tensors[name], their_tensors[name]
+        return a.type == b.type and np.array_equal(
+            ours[a.offset : a.offset + a.nbytes], theirs[b.offset : b.offset + b.nbytes]
+        )
+
+    return [name for name in our_tensors if not same(name)], len(our_tensors)
+
+
+def loss(logits: Float[np.ndarray, "T V"], tokens: list[int]) -> float:
+    """Mean negative log likelihood of every token but the first, summed in float64."""
+    total = 0.0
+    for row, target in zip(logits, tokens[1:]):
+        row = row.astype(np.float64) - row.max()
+        total += float(np.log(np.exp(row).sum()) - row[target])
+    return total / (len(tokens) - 1)
 
 
 def main() -> None:
-    """Print a line for each file."""
+    """Print a row for each type."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", nargs="+", type=Path)
-    parser.add_argument("--node-modules", type=Path, required=True, help="directory in which npm installed it")
+    parser.add_argument("model", help="a model's directory, or a .gguf file")
     parser.add_argument("--text", type=Path, required=True)
-    parser.add_argument("--tokens", type=int, default=500)
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--types", nargs="+", choices=tuple(FILE_TYPES), default=tuple(FILE_TYPES))
     options = parser.parse_args()
-    for path in options.files:
-        tokenizer = load_tokenizer(resolve_source(ModelConfig(str(path))))
-        text = options.text.read_text(encoding="utf-8")
-        tokens = tokenizer(text, add_special_tokens=False)["input_ids"][: options.tokens]
-        ours, theirs = our_loss(path, tokens), llamacpp_loss(path, tokens, options.node_modules)
-        print(
-            f"{path.name}: {len(tokens)} tokens, ours {ours:.5f}, llama.cpp {theirs:.5f}, {theirs - ours:+.5f}",
-            flush=True,
-        )
+    tokenizer = load_tokenizer(resolve_source(ModelConfig(options.model)))
+    text = options.text.read_text(encoding="utf-8")
+    tokens = tokenizer(text, add_special_tokens=False)["input_ids"][: options.tokens]
+    print(f"{len(tokens)} tokens\ntype: ours, llama.cpp, difference | same tensors | loss of llama.cpp's own file")
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        f16, own = directory / "F16.gguf", directory / "own.gguf"
+        for file_type in dict.fromkeys(("F16", *options.types)):
+            path = directory / f"{file_type}.gguf"
+            source = options.model if file_type in _DENSE else str(f16)
+            assert convert(["to-gguf", source, "--out", str(path), "--type", file_type, "--base", "original"]) == 0
+            if file_type not in options.types:
+                continue
+            ours, theirs = loss(our_logits(path, tokens), tokens), loss(their_logits(path, tokens), tokens)
+            line = f"{file_type}: {ours:.5f}, {theirs:.5f}, {theirs - ours:+.5f}"
+            if file_type not in _DENSE:
+                their_quantisation(f16, own, file_type)
+                different, count = different_tensors(path, own)
+                line += f" | {count - len(different)} of {count}"
+                line += f" | {theirs if not different else loss(their_logits(own, tokens), tokens):.5f}"
+            print(line, flush=True)
+            if file_type in ("Q8_0", "Q4_K_M"):
+                ids = tokenizer.apply_chat_template(_QUESTION, add_generation_prompt=True, return_dict=False)
+                answer = open_theirs(path, 256)(ids, max_tokens=20, temperature=0, repeat_penalty=1.0)
+                print(f"  {_QUESTION[-1]['content']} {answer['choices'][0]['text']}", flush=True)
+            if path != f16:
+                path.unlink()
 
 
 if __name__ == "__main__":

@@ -193,6 +193,8 @@ def _windows(config: Mapping[str, Any], architecture: Architecture) -> dict[str,
         # 0 tells llama.cpp that a Phi has no windows.
         if window is not None or architecture.name == "phi3":
             metadata["attention.sliding_window"] = window or 0
+        if architecture.name == "phi3" and window is not None and window < (config.get("max_position_embeddings") or 0):
+            log.warning("llama.cpp does not apply the sliding window of phi3: beyond %d tokens it sees more", window)
     elif window is not None and window < (config.get("max_position_embeddings") or 0):
         log.warning("llama.cpp has no sliding windows for %s: beyond %d tokens it sees more", architecture.name, window)
     return metadata
