@@ -124,7 +124,7 @@ def soak(config: RunConfig, watch: Watch, *, resume: bool) -> Outcome:
         base = find_base(config.model)
         model = json.loads((Path(config.model.name_or_path) / "config.json").read_text())
         structure = frozen_structure(model, config.model, base.dtype)
-        base = dataclasses.replace(base, load=lambda: random_arrays(structure, seed=1))
+        base = dataclasses.replace(base, load=lambda *_: random_arrays(structure, seed=1))
         sets = build(config.data, base.tokenizer), eval_sets(config.data, base.tokenizer)
         return fit(config, base, *sets, directory=directory, progress=watch)
 

@@ -237,7 +237,15 @@ def _of_dataset(name: str, loaded: datasets.Dataset | datasets.IterableDataset) 
             yield from ([record] for record in loaded)
         else:
             for start in range(0, len(loaded), _CHUNK):
-                yield loaded.select(range(start, min(start + _CHUNK, len(loaded)))).to_list()
+                end = min(start + _CHUNK, len(loaded))
+                try:
+                    records = loaded.select(range(start, end)).to_list()
+                except ValueError as error:  # Text that is no UTF-8 shows only now.
+                    raise UserError(
+                        f"{name}: records {start + 1} to {end} cannot be read: {error}; the file is damaged, fetch or "
+                        "write it again"
+                    ) from error
+                yield records
 
     def iterate() -> Iterator[Record | Unreadable]:
         return (_without_nulls(record) for chunk in chunks() for record in chunk)

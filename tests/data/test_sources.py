@@ -9,6 +9,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as parquet
 import pytest
 
 from jaxtune.config import DataConfig
@@ -252,3 +255,12 @@ def test_streams_are_read_no_further_than_asked(monkeypatch: pytest.MonkeyPatch)
     for split in ("train[:10%]", "train[-3:]", "train["):
         with pytest.raises(UserError, match="a stream can be cut by numbers of records alone"):
             open_records("owner/name:part", split, streaming=True)
+
+
+def test_parquet_with_text_that_is_no_utf8(tmp_path: Path) -> None:
+    """Arrow reads such a file; the text fails when it is taken out."""
+    offsets, text = (pa.py_buffer(part) for part in (np.array([0, 2], np.int32).tobytes(), b"a\xff"))
+    column = pa.StringArray.from_buffers(1, offsets, text)
+    parquet.write_table(pa.table({"text": column}), tmp_path / "bad.parquet")
+    with pytest.raises(UserError, match=r"bad.parquet: records 1 to 1 cannot be read: .*; the file is damaged"):
+        open_records(str(tmp_path / "bad.parquet"))

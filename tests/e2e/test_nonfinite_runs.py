@@ -22,9 +22,9 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     """Models have NaN where the token ~ is embedded; a file that had would be refused."""
     load = base.load_model
 
-    def load_poisoned(config: Any, dtype: Any, *, source: Any) -> Any:
+    def load_poisoned(*arguments: Any, source: Any, **options: Any) -> Any:
         token = load_tokenizer(source).convert_tokens_to_ids("~")
-        loaded = load(config, dtype, source=source)
+        loaded = load(*arguments, source=source, **options)
         table = loaded.frozen["embed_tokens"]["embedding"].at[token].set(np.nan)
         return SimpleNamespace(frozen={**loaded.frozen, "embed_tokens": {"embedding": table}})
 
