@@ -23,6 +23,7 @@ from jaxtune.checkpoint import Checkpoints
 from jaxtune.errors import UserError
 from jaxtune.metrics import read_metrics
 from jaxtune.parts import AXES
+from jaxtune.processes import agreed, is_first, several
 from jaxtune.step import StepConfig, TrainState, batch_loss, batch_spec
 
 # Updates passed over one after another, at which a run stops all the same; batches that are kept.
@@ -55,7 +56,7 @@ class NonfiniteUpdates:
         """policy: `train.on_nonfinite`. run: its directory. trace: `trace` for the run's weights."""
         self.policy, self.run, self._trace = policy, run, trace
         metrics = run / "metrics.jsonl"
-        self._in_a_row = skips_at_the_end(read_metrics(metrics)) if metrics.is_file() else 0
+        self._in_a_row = agreed(skips_at_the_end(read_metrics(metrics)) if metrics.is_file() and is_first() else 0)
 
     def met(self, step: int, values: Mapping[str, float], batch: HostBatch, state: TrainState) -> str | None:
         """Look at an update's values; where they are not finite, keep the batch.
@@ -73,12 +74,18 @@ class NonfiniteUpdates:
             self._in_a_row = 0
             return None
         self._in_a_row += 1
-        where = self._trace(batch, state).where
-        keep_batch(self.run, step, batch, state, {"values": {name: str(values[name]) for name in bad}, "where": where})
-        happened = (
-            f"step {step}: {' and '.join(bad)} not finite, first {where}; the update is not applied. "
-            f"`python -m jaxtune.replay --run {self.run} --step {step}` runs the batch again"
-        )
+        happened = f"step {step}: {' and '.join(bad)} not finite"
+        if several():
+            # Each process has rows of its own, and none the batch.
+            happened += "; the update is not applied, and in a run of several processes not traced"
+        else:
+            where = self._trace(batch, state).where
+            meta = {"values": {name: str(values[name]) for name in bad}, "where": where}
+            keep_batch(self.run, step, batch, state, meta)
+            happened += (
+                f", first {where}; the update is not applied. `python -m jaxtune.replay --run {self.run} --step {step}` "
+                "runs the batch again"
+            )
         if self.policy == "stop":
             raise UserError(
                 f"{happened}. Lower train.learning_rate, or continue without such batches: --resume auto --set "
