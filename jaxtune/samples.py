@@ -90,7 +90,7 @@ def end_of_text(
     """
 
     def stopped(count: int) -> bool:
-        text = str(tokenizer.decode(ids[:count], skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        text = str(tokenizer.decode(list(ids[:count]), skip_special_tokens=False, clean_up_tokenization_spaces=False))
         return any(string in text for string in stop)
 
     if not stop or not stopped(len(ids)):
