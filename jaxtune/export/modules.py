@@ -34,11 +34,16 @@ def adapted_base(base: BaseModel, adapter: str | Path) -> BaseModel:
     digest = hashlib.sha256(base.fingerprint.encode())
     for name, tensor in sorted(modules.items()):
         digest.update(name.encode() + np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data)
+
+    def load(place: Any = None) -> Any:
+        assert place is None, "who trains an adapter further has its base model on the device already"
+        return with_modules(base.load(), modules, before, hf_config, base.dtype)
+
     return dataclasses.replace(
         base,
         decoder=DecoderConfig.from_hf(hf_config),
         fingerprint=digest.hexdigest(),
-        load=lambda: with_modules(base.load(), modules, before, hf_config, base.dtype),
+        load=load,
         hf_config=hf_config,
         modules=modules,
     )

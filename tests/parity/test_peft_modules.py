@@ -11,20 +11,24 @@ import numpy as np
 import peers
 import peft
 import pytest
+import runs
 import torch
 
 from convert.__main__ import main as convert
 from convert.peft import load_adapter
 from convert.peft_modules import load_modules
 from convert.safetensors_io import SafetensorsModel, TensorInfo, write_file
+from jaxtune import FastLanguageModel, SFTConfig, SFTTrainer
 from jaxtune.base import BaseModel, find_base
 from jaxtune.config import LoraConfig, ModelConfig
 from jaxtune.errors import UserError
 from jaxtune.export import load_peft_adapter, save_peft_adapter
 from jaxtune.export.modules import adapted_base
+from jaxtune.export.run import ExportConfig, export_run
 from jaxtune.lora import adaptation
 
 TOLERANCE = 1e-5
+VOCABULARY = 330
 CASES: dict[str, tuple[bool, dict[str, Any]]] = {
     "embedding and head": (False, {"modules_to_save": ["embed_tokens", "lm_head"]}),
     "embedding and norms": (False, {"modules_to_save": ["embed_tokens", "norm"]}),
@@ -36,7 +40,8 @@ CASES: dict[str, tuple[bool, dict[str, Any]]] = {
 
 def make(directory: Path, *, tied: bool, settings: dict[str, Any], rows: int | None = None) -> tuple[Any, np.ndarray]:
     """A base model in directory/base and PEFT's adapter of it in directory/adapter, all of it random; its logits."""
-    peers.save_random_llama(directory / "base", tie_word_embeddings=tied)
+    peers.save_random_llama(directory / "base", tie_word_embeddings=tied, vocab_size=VOCABULARY)
+    runs.save_tokenizer(directory / "base")
     theirs = peers.load_theirs(directory / "base")
     if rows is not None:
         theirs.resize_token_embeddings(rows, mean_resizing=False)
@@ -61,11 +66,6 @@ def find_base_of(base: Path) -> BaseModel:
     return find_base(ModelConfig(str(base), load_in_4bit=False, dtype="fp32"))
 
 
-@pytest.fixture(autouse=True)
-def no_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("jaxtune.base.load_tokenizer", lambda source: None)
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_run_merged_and_saved_again(tmp_path: Path, case: str) -> None:
     tied, settings = CASES[case]
@@ -85,9 +85,34 @@ def test_run_merged_and_saved_again(tmp_path: Path, case: str) -> None:
     assert peers.relative_error(peers.their_logits(again, tokens), expected) < TOLERANCE
 
 
+@pytest.mark.slow
+def test_in_the_api_and_exported(tmp_path: Path) -> None:
+    """An adapter trained further keeps its whole tensors, and a run's export has them; the tied pair comes apart."""
+    tokens, expected = make(tmp_path, tied=True, settings={"modules_to_save": ["embed_tokens"]})
+    model, tokenizer = FastLanguageModel.from_pretrained(str(tmp_path / "adapter"), dtype="float32", load_in_4bit=False)
+    run = tmp_path / "run"
+    records = [runs.question(thing) for thing in runs.COLOURS]
+    settings = SFTConfig(output_dir=str(run), max_steps=1, per_device_train_batch_size=1, max_length=64)
+    SFTTrainer(model, tokenizer, train_dataset=records, args=settings).train()
+    names = ("base_model.model.model.embed_tokens.weight",)
+    before, after = (
+        SafetensorsModel([path / "adapter_model.safetensors"]) for path in (tmp_path / "adapter", run / "adapter")
+    )
+    assert all(np.array_equal(before.read(name), after.read(name)) for name in names)
+    (tmp_path / "text.txt").write_text(" ".join(runs.COLOURS))
+    config = ExportConfig("merged", tmp_path / "merged", dtype="fp32", text=tmp_path / "text.txt", max_difference=1e-4)
+    merged = peers.load_theirs(export_run(run, config))
+    with pytest.raises(NotImplementedError, match="no form for whole tensors"):
+        export_run(run, ExportConfig("gguf-lora", tmp_path / "lora"))
+    again = peft.PeftModel.from_pretrained(peers.load_theirs(tmp_path / "base"), run / "adapter")
+    found = peers.their_logits(again, tokens)
+    assert 0 < peers.relative_error(found, expected) < 0.1
+    assert peers.relative_error(peers.their_logits(merged, tokens), found) < 1e-4
+
+
 def test_longer_vocabulary(tmp_path: Path) -> None:
     settings = {"modules_to_save": ["embed_tokens", "lm_head"]}
-    tokens, expected = make(tmp_path, tied=False, settings=settings, rows=peers.SIZES["vocab_size"] + 3)
+    tokens, expected = make(tmp_path, tied=False, settings=settings, rows=VOCABULARY + 3)
     base, lora, config = ours(tmp_path / "base", tmp_path / "adapter")
     model = peers.Ours(base.decoder, base.load(), base.source)
     assert peers.relative_error(peers.our_logits(model, tokens, lora, adaptation(config)), expected) < TOLERANCE
@@ -130,6 +155,7 @@ def rewrite(adapter: Path, tensors: dict[str, np.ndarray]) -> None:
 
 def test_adapters_without_any_are_as_before(tmp_path: Path) -> None:
     peers.save_random_llama(tmp_path / "base")
+    runs.save_tokenizer(tmp_path / "base")
     base = find_base_of(tmp_path / "base")
     peers.add_adapter(peers.load_theirs(tmp_path / "base"), LoraConfig(r=2)).save_pretrained(tmp_path / "adapter")
     assert adapted_base(base, tmp_path / "adapter") is base
