@@ -166,4 +166,4 @@ def test_implementations_in_the_table() -> None:
         if (folder / "api.py").is_file():
             (row,) = [line for line in table.splitlines() if f"pallas_kernels/{folder.name}/api.py" in line]
             for name in ("cudnn", "triton", "mosaic_gpu"):
-                assert not (folder / f"{name}.py").is_file() or name in row, (folder.name, name)
+                assert not (folder / f"{name}.py").is_file() or name.removesuffix("_gpu") in row, (folder.name, name)
