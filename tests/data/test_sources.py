@@ -257,7 +257,7 @@ def test_streams_are_read_no_further_than_asked(monkeypatch: pytest.MonkeyPatch)
             open_records("owner/name:part", split, streaming=True)
 
 
-def test_parquet_with_text_that_is_no_utf8(tmp_path: Path) -> None:
+def test_parquet_with_text_that_is_no_utf8(tmp_path: pathlib.Path) -> None:
     """Arrow reads such a file; the text fails when it is taken out."""
     offsets, text = (pa.py_buffer(part) for part in (np.array([0, 2], np.int32).tobytes(), b"a\xff"))
     column = pa.StringArray.from_buffers(1, offsets, text)
