@@ -83,8 +83,8 @@ class NonfiniteUpdates:
             meta = {"values": {name: str(values[name]) for name in bad}, "where": where}
             keep_batch(self.run, step, batch, state, meta)
             happened += (
-                f", first {where}; the update is not applied. `python -m jaxtune.replay --run {self.run} --step {step}` "
-                "runs the batch again"
+                f", first {where}; the update is not applied. "
+                f"`python -m jaxtune.replay --run {self.run} --step {step}` runs the batch again"
             )
         if self.policy == "stop":
             raise UserError(

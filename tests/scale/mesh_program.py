@@ -47,12 +47,20 @@ CASES: dict[str, tuple[dict[str, Any], list[dict[str, int]]]] = {
         [{"fsdp": 2, "tensor": 2, "sequence": 2}],
     ),
     "one document a row, dense, tied": (
-        {"batch": ONE_EACH, "nf4": False, "packed": False, "remat": "none", "tie_word_embeddings": True},
+        {
+            "batch": ONE_EACH,
+            "nf4": False,
+            "packed": False,
+            "remat": "none",
+            "tie_word_embeddings": True,
+            "num_layers": 1,
+        },
         [{"data": 2, "fsdp": 2, "tensor": 2}],
     ),
     # 101 words give no equal shares, a rank of 3 cannot be cut; there are biases, and norms of each head.
     "awkward": (
-        {"batch": ONE_EACH, "vocab_size": 101, "num_kv_heads": 2, "rank": 3, "extras": True, "remat": "selective"},
+        {"batch": ONE_EACH, "vocab_size": 101, "num_kv_heads": 2, "rank": 3, "extras": True, "num_layers": 1}
+        | {"remat": "selective"},
         [{"fsdp": 2, "tensor": 2}],
     ),
 }
