@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
+import family_cases
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -110,3 +112,15 @@ def test_curve_over_nf4(tmp_path: Path, packed_by_them: bool, tolerance: float) 
     adapted = peers.add_adapter(theirs, LORA)
     lora = peers.adapter_tree(adapted)
     check_curves(our_curve(ours, lora), their_curve(adapted, ours), tolerance)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in family_cases.PLAIN if name not in ("Llama", "Phi-3")])
+def test_curve_of_other_families(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Ten steps; Phi-3's adapters have another form in PEFT (see test_lora_gradients)."""
+    monkeypatch.setattr(sys.modules[__name__], "STEPS", 10)
+    family_cases.save(tmp_path, family_cases.PLAIN[name])
+    ours = peers.load_ours(tmp_path)
+    adapted = peers.add_adapter(peers.load_theirs(tmp_path, attn_implementation="eager"), LORA)
+    lora = peers.adapter_tree(adapted)
+    np.testing.assert_allclose(our_curve(ours, lora)[:, 0], their_curve(adapted, ours)[:, 0], rtol=1e-4)
