@@ -27,8 +27,9 @@ from jaxlib.mlir.dialects import llvm
 
 from pallas_kernels._device import compute_capability
 from pallas_kernels._triton import interpreting
-from pallas_kernels.nf4.reference import NF4_TABLE, decode_scales
+from pallas_kernels.nf4.reference import decode_scales
 from pallas_kernels.nf4.tensor import NF4Tensor
+from pallas_kernels.nf4_matmul.lookup import bits_in, byte_permutes
 
 MOST_ROWS = 512
 # Columns of one step of wgmma's operand in registers, and of one scale.
@@ -72,8 +73,8 @@ def unsupported_reason(x: Array, w: Any) -> str | None:
 def tiles_for(rows: int, w: NF4Tensor) -> Tiles:
     """The tiling for so many rows of x."""
     n, k = w.shape
-    size = min(128, max(16, pl.next_power_of_2(rows)))
-    outputs = 128 if rows > 128 and n % 256 == 0 else 64
+    size = min(256, max(16, pl.next_power_of_2(rows)))
+    outputs = 64
     columns = 64 if rows > 64 or k % 128 else 128
     programs = -(-rows // size) * (n // (2 * outputs))
     split = max((s for s in (1, 2, 4, 7, 8) if k % (columns * s) == 0 and programs * s <= 2 * _CORES), default=1)
@@ -232,28 +233,6 @@ def decoded(codes: Array) -> Array:
     return looked_up(codes)
 
 
-def _lookup() -> str:
-    """PTX from four bytes ($4) to their pairs of bfloat16 ($0 to $3), the high nibble's in the low half.
-
-    A byte permute picks one of eight bytes by three bits; the two halves of the table are looked up apart, for the
-    high and for the low byte of each value, and a third permute picks by the fourth bit.
-    """
-    bits = NF4_TABLE.astype(jnp.bfloat16).view(np.uint16).astype(np.uint32)
-
-    def words(shift: int) -> list[str]:
-        octets = (bits >> shift & 255).reshape(4, 4)
-        return [f"0x{int(np.sum(octet << np.arange(0, 32, 8))):08X}" for octet in octets]
-
-    lines = ["and.b32 i0, $4, 0x77777777", "shr.u32 i1, i0, 16", "shr.u32 s0, $4, 1"]
-    lines += ["and.b32 s0, s0, 0x44444444", "or.b32 s0, s0, 0x32103210", "shr.u32 s1, s0, 16"]
-    for k in range(2):
-        for name, (first, second, third, fourth) in (("high", words(8)), ("low", words(0))):
-            lines += [f"prmt.b32 a, {first}, {second}, i{k}", f"prmt.b32 b, {third}, {fourth}, i{k}"]
-            lines += [f"prmt.b32 {name}, a, b, s{k}"]
-        lines += [f"prmt.b32 ${2 * k}, low, high, 0x4051", f"prmt.b32 ${2 * k + 1}, low, high, 0x6273"]
-    return "{\n.reg .b32 i0, i1, s0, s1, a, b, high, low;\n" + "".join(f"{line};\n" for line in lines) + "}"
-
-
 # Multiprocessors of the GPUs that this serves.
 _CORES = 132
-_LOOKUP = _lookup()
+_LOOKUP = byte_permutes(bits_in(jnp.bfloat16))

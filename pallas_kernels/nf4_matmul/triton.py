@@ -3,8 +3,10 @@
 Why it exists: up to 64 rows the packed bytes are what a product waits for, and a decoded weight is eight times as much
 to move (written, then read). One row sums in float32 lanes and no tensor core; several multiply by tiles of decoded
 weights that never leave the multiprocessor; more rows than that decode into a scratch and leave the product to cuBLAS.
-Numerics: weights are decoded and rounded as the reference's, sums are float32, rounded once to x's dtype. The order of
-a sum depends on shapes alone, so results repeat bit for bit. Refuses weights whose rows are not whole blocks.
+Numerics: sums are float32, rounded once to x's dtype; their order depends on shapes alone, so results repeat bit for
+bit. Up to 64 rows of 16 bits the table is rounded before it is multiplied by the scale (of several rows, rounded too),
+where the reference rounds the weight; otherwise weights are rounded as the reference's. Refuses weights whose rows are
+not whole blocks.
 """
 
 from __future__ import annotations
@@ -19,16 +21,17 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from pallas_kernels._triton import WHOLE, masked_span, triton_call
-from pallas_kernels.nf4.reference import DYNAMIC_MAP, NF4_TABLE
+from pallas_kernels.nf4.reference import DYNAMIC_MAP
 from pallas_kernels.nf4.tensor import NF4Layer, NF4Tensor
 from pallas_kernels.nf4.triton import decode_into, decoded_scales, rounded
 from pallas_kernels.nf4.triton import unsupported_reason as decode_reason
+from pallas_kernels.nf4_matmul.lookup import table_of, table_values
 
 # Rows of x up to which the weight is decoded inside of the product.
 FUSED_ROWS = 64
-# Bytes of codes that one program decodes at a time: of 8 weight rows for one row of x, of 64 for several.
-_ROW_TILE, _ROW_BYTES = 8, 512
-_TILE, _TILE_BYTES = 64, 64
+# Weight rows and columns that one program decodes at a time, for one row of x and for several: the fastest on an H200.
+_ROW_TILE, _ROW_WIDTH, _MOST_UNROLLED = 8, 1024, 16
+_TILE, _WIDTH, _MOST_PARTS = 64, 128, 4
 _BLOCK_LIMIT = 128
 
 
@@ -54,8 +57,9 @@ def nf4_matmul_transposed_triton(dy: Array, w: NF4Tensor | NF4Layer) -> Array:
 def can_fuse(x: Array, w: NF4Tensor | NF4Layer) -> bool:
     """Whether x [M, K] has so few rows that the product decodes the weight itself."""
     block = (w.stack if isinstance(w, NF4Layer) else w).block_size
-    # A tensor core would round float32 operands to fewer bits.
-    return block <= _BLOCK_LIMIT and (x.shape[0] == 1 or (x.shape[0] <= FUSED_ROWS and x.dtype != jnp.float32))
+    # Tensor cores would round float32 operands to fewer bits, and take no fewer than 16 columns.
+    several = x.shape[0] <= FUSED_ROWS and x.dtype != jnp.float32 and w.shape[0] >= 16
+    return block <= _BLOCK_LIMIT and (x.shape[0] == 1 or several)
 
 
 def _product(x: Array, w: NF4Tensor | NF4Layer, weight_axis: int) -> Array:
@@ -71,75 +75,125 @@ def fused_product(x: Array, w: NF4Tensor | NF4Layer) -> Array:
     """[M, K] -> [M, N], the weight decoded in the kernel; for x that `can_fuse`."""
     if isinstance(w, NF4Tensor):
         w = NF4Layer(jax.tree.map(lambda leaf: leaf[None], w), np.int32(0))
-    stack, (n, k), m = w.stack, w.shape, x.shape[0]
-    block, one_row = stack.block_size, m == 1
-    tile = _ROW_TILE if one_row else _TILE
-    width = min(k & -k, 2 * (_ROW_BYTES if one_row else _TILE_BYTES))
-    blocks, m_tile = width // block, max(16, pl.next_power_of_2(m))
-    assert blocks, "whole blocks in a row, of sizes that are powers of two, make tiles of whole blocks"
+    return _one_row(x, w) if x.shape[0] == 1 else _few_rows(x, w)
 
-    def kernel(index_ref: Any, even_ref: Any, odd_ref: Any, codes_ref: Any, absmax_ref: Any, *rest: Any) -> None:
-        layer, table_ref, out_ref = index_ref[0], rest[0], rest[-1]
-        first = pl.program_id(0) * tile
-        # Rows beyond the last are read as the last one, and not written.
-        row = jnp.minimum(first + lax.broadcasted_iota(jnp.int32, (tile, blocks), 0), n - 1)
 
-        def decoded(step: Array) -> tuple[Array, Array]:
-            """Weights of even and of odd columns, float32 [tile * blocks, block / 2]."""
-            at = step * blocks + lax.broadcasted_iota(jnp.int32, (tile, blocks), 1)
-            scales = plt.load(absmax_ref.at[layer, row, at]).reshape(tile * blocks)
-            if stack.is_nested:
-                nested_index = (row * (k // block) + at) // stack.nested_block_size
-                scales = decoded_scales(stack, layer, scales, nested_index.reshape(tile * blocks), rest[1:])
-            in_tile = (tile * blocks, block // 2)
-            number, byte = (lax.broadcasted_iota(jnp.int32, in_tile, axis) for axis in (0, 1))
-            code_row = jnp.minimum(first + number // blocks, n - 1)
-            column = (step * blocks + number % blocks) * (block // 2) + byte
-            codes = plt.load(codes_ref.at[layer, code_row, column]).astype(jnp.int32)
-            halves = (plt.load(table_ref.at[codes >> 4]), plt.load(table_ref.at[codes & 15]))
-            even, odd = (rounded(half * scales[:, None], stack.dtype) for half in halves)
-            return even, odd
-
-        out_columns = first + lax.iota(jnp.int32, tile)
-        if one_row:
-
-            def add_row(step: Array, sums: Array) -> Array:
-                number, byte = (lax.broadcasted_iota(jnp.int32, sums.shape, axis) for axis in (0, 1))
-                at = (step * blocks + number % blocks) * (block // 2) + byte
-                even, odd = (rounded(half, x.dtype.name) for half in decoded(step))
-                x_even, x_odd = (plt.load(ref.at[step * 0, at]).astype(jnp.float32) for ref in (even_ref, odd_ref))
-                return sums + even * x_even + odd * x_odd
-
-            sums = lax.fori_loop(0, k // width, add_row, jnp.zeros((tile * blocks, block // 2), jnp.float32))
-            y = jnp.sum(jnp.sum(sums, axis=1).reshape(tile, blocks), axis=1)
-            plt.store(out_ref.at[first * 0, pl.ds(first, tile)], y.astype(out_ref.dtype), mask=out_columns < n)
-            return
-
-        def add_tile(step: Array, sums: Array) -> Array:
-            at = pl.ds(step * (width // 2), width // 2)
-            x_rows = lax.broadcasted_iota(jnp.int32, (m_tile, width // 2), 0)
-            for half, ref in zip(decoded(step), (even_ref, odd_ref), strict=True):
-                weights = half.astype(x.dtype).reshape(tile, width // 2)
-                some = plt.load(ref.at[masked_span(0, m_tile, step), at], mask=x_rows < m, other=0.0)
-                sums += plt.dot(weights, some, trans_b=True)
-            return sums
-
-        sums = lax.fori_loop(0, k // width, add_tile, jnp.zeros((tile, m_tile), jnp.float32))
-        inside = (lax.iota(jnp.int32, m_tile) < m)[:, None] & (out_columns < n)[None, :]
-        at = out_ref.at[masked_span(0, m_tile, first), pl.ds(first, tile)]
-        plt.store(at, sums.T.astype(out_ref.dtype), mask=inside)
-
-    operands = [jnp.reshape(w.index, (1,)), x[:, 0::2], x[:, 1::2]]
-    operands += [stack.codes.reshape(-1, n, k // 2), stack.absmax.reshape(-1, n, k // block), jnp.asarray(NF4_TABLE)]
+def _operands(x: Array, w: NF4Layer, table: np.ndarray) -> list[Array]:
+    stack, (n, k) = w.stack, w.shape
+    operands = [jnp.reshape(w.index, (1,)), x, stack.codes.reshape(-1, n, k // 2)]
+    operands += [stack.absmax.reshape(-1, n, k // stack.block_size), jnp.asarray(table)]
     if stack.is_nested:
         operands += [jnp.asarray(DYNAMIC_MAP), stack.nested_absmax, stack.nested_offset]
-    return triton_call(
+    return operands
+
+
+def _tile_of(n: int, most: int) -> int:
+    """The power of two of weight rows that one program takes."""
+    return min(most, 1 << (n.bit_length() - 1))
+
+
+def _first_row(tile: int, n: int) -> Array:
+    """Where a program's rows begin: the last ones' overlap with those before, and both write the same values."""
+    first = pl.program_id(0) * tile
+    return first if n % tile == 0 else jnp.minimum(first, n - tile)
+
+
+def _scales(stack: NF4Tensor, layer: Array, first: Array, block: Array, shape: tuple[int, int], refs: Any) -> Array:
+    """float32 `shape`: the scales of rows from `first` and of a row's blocks from `block` on."""
+    absmax_ref, _, *nested_refs = refs
+    scales = plt.load(absmax_ref.at[layer, pl.ds(first, shape[0]), pl.ds(block, shape[1])])
+    if not stack.is_nested:
+        return scales
+    row, column = (lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
+    number = (first + row) * (stack.shape[1] // stack.block_size) + block + column
+    index = (number // stack.nested_block_size).reshape(-1)
+    return decoded_scales(stack, layer, scales.reshape(-1), index, nested_refs).reshape(shape)
+
+
+def _one_row(x: Array, w: NF4Layer) -> Array:
+    stack, (n, k) = w.stack, w.shape
+    tile, width = _tile_of(n, _ROW_TILE), min(k & -k, _ROW_WIDTH)
+    block, steps = stack.block_size, k // width
+    shape = (tile, width // block)
+
+    def kernel(index_ref: Any, x_ref: Any, codes_ref: Any, *refs: Any) -> None:
+        layer, out_ref, first = index_ref[0], refs[-1], _first_row(tile, n)
+
+        def add(step: Array, sums: Array) -> Array:
+            codes = plt.load(codes_ref.at[layer, pl.ds(first, tile), pl.ds(step * (width // 2), width // 2)])
+            row = plt.load(x_ref.at[pl.ds(step * width, width)]).astype(jnp.float32)
+            scales = _scales(stack, layer, first, step * shape[1], shape, refs[:-1])
+            values = jnp.stack(table_values(codes, refs[1], x.dtype, for_sums=True), axis=-1)
+            if x.dtype == jnp.float32:
+                # As exact as the reference, so rounded as it rounds.
+                values = values.reshape(tile * shape[1], block) * scales.reshape(-1)[:, None]
+                values, scales = rounded(values, stack.dtype), jnp.ones_like(scales)
+            products = values.reshape(tile, width) * row[None, :]
+            return sums + jnp.sum(products.reshape(tile * shape[1], block), axis=1).reshape(shape) * scales
+
+        sums = jnp.zeros(shape, jnp.float32)
+        if steps <= _MOST_UNROLLED:
+            for step in range(steps):
+                sums = add(jnp.int32(step), sums)
+        else:
+            sums = lax.fori_loop(0, steps, add, sums)
+        plt.store(out_ref.at[pl.ds(first, tile)], jnp.sum(sums, axis=1).astype(out_ref.dtype))
+
+    operands = _operands(x.reshape(-1), w, table_of(x.dtype, for_sums=True))
+    y = triton_call(
         kernel,
-        out_shape=jax.ShapeDtypeStruct((m, n), x.dtype),
+        out_shape=jax.ShapeDtypeStruct((n,), x.dtype),
         grid=(pl.cdiv(n, tile),),
+        in_specs=[WHOLE] * len(operands),
+        out_specs=WHOLE,
+        # At least four bytes of codes, which are looked up at once, for each thread.
+        num_warps=max(1, min(8, tile * width // 2 // 128)),
+        num_stages=3,
+        name="nf4_matmul_row",
+    )(*operands)
+    return y[None]
+
+
+def _few_rows(x: Array, w: NF4Layer) -> Array:
+    stack, (n, k), m = w.stack, w.shape, x.shape[0]
+    tile, width = _tile_of(n, _TILE), min(k & -k, _WIDTH)
+    block, rows = stack.block_size, max(16, pl.next_power_of_2(m))
+    blocks = width // block
+    # Parts of the columns, each with programs of its own: weights of some thousand rows would not fill a GPU.
+    split = max(s for s in range(1, _MOST_PARTS + 1) if (k // width) % s == 0)
+    steps = k // width // split
+
+    def kernel(index_ref: Any, x_ref: Any, codes_ref: Any, *refs: Any) -> None:
+        layer, out_ref, first = index_ref[0], refs[-1], _first_row(tile, n)
+        part = pl.program_id(1)
+
+        def inside(columns: int) -> Array:
+            return lax.broadcasted_iota(jnp.int32, (rows, columns), 0) < m
+
+        def add(step: Array, sums: Array) -> Array:
+            step = part * steps + step
+            codes = plt.load(codes_ref.at[layer, pl.ds(first, tile), pl.ds(step * (width // 2), width // 2)])
+            at = (masked_span(0, rows, step), pl.ds(step * width, width))
+            some = plt.load(x_ref.at[at], mask=inside(width), other=0.0) if m < rows else plt.load(x_ref.at[at])
+            scales = _scales(stack, layer, first, step * blocks, (tile, blocks), refs[:-1])
+            scales = scales.reshape(tile * blocks)[:, None].astype(x.dtype)
+            halves = table_values(codes.reshape(tile * blocks, block // 2), refs[1], x.dtype)
+            weights = jnp.stack([half * scales for half in halves], axis=-1).reshape(tile, width)
+            return sums + plt.dot(some, weights, trans_b=True)
+
+        sums = lax.fori_loop(0, steps, add, jnp.zeros((rows, tile), jnp.float32))
+        at = out_ref.at[part, masked_span(0, rows, first), pl.ds(first, tile)]
+        plt.store(at, sums.astype(out_ref.dtype), mask=inside(tile) if m < rows else None)
+
+    operands = _operands(x, w, table_of(x.dtype))
+    parts = triton_call(
+        kernel,
+        out_shape=jax.ShapeDtypeStruct((split, m, n), x.dtype if split == 1 else jnp.float32),
+        grid=(pl.cdiv(n, tile), split),
         in_specs=[WHOLE] * len(operands),
         out_specs=WHOLE,
         num_warps=4,
         num_stages=3,
-        name="nf4_matmul_row" if one_row else "nf4_matmul",
+        name="nf4_matmul",
     )(*operands)
+    return parts[0] if split == 1 else jnp.sum(parts, axis=0).astype(x.dtype)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import fragmented_array
+from ptx import run_ptx
 
 from pallas_kernels._device import lower_for_cuda
 from pallas_kernels.nf4 import quantize
@@ -17,28 +16,6 @@ from pallas_kernels.nf4.reference import NF4_TABLE
 from pallas_kernels.nf4_matmul import mosaic_gpu, nf4_matmul
 
 needs_jax_0_11 = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="refused by name, which is tested below")
-
-
-def run_ptx(text: str, word: np.ndarray) -> list[np.ndarray]:
-    """What the assembly makes of 32-bit words: the registers $0 to $3."""
-    registers: dict[str, np.ndarray] = {"$4": word.astype(np.uint64)}
-
-    def value(name: str) -> np.ndarray:
-        return registers[name] if name in registers else np.uint64(int(name, 16 if name.startswith("0x") else 10))
-
-    for line in re.findall(r"^(\w+)\.b32 (.*);$|^(\w+)\.u32 (.*);$", text, flags=re.M):
-        operation, operands = (line[0], line[1]) if line[0] else (line[2], line[3])
-        out, *names = (name.strip() for name in operands.split(","))
-        a, b, *rest = (value(name) for name in names)
-        if operation == "prmt":
-            both = a | b << np.uint64(32)
-            picked = [
-                both >> (rest[0] >> np.uint64(4 * i) & np.uint64(7)) * np.uint64(8) & np.uint64(255) for i in range(4)
-            ]
-            registers[out] = sum(byte << np.uint64(8 * i) for i, byte in enumerate(picked)) + 0 * word
-        else:
-            registers[out] = {"and": a & b, "or": a | b, "shr": a >> b}[operation]
-    return [registers[f"${i}"].astype(np.uint32) for i in range(4)]
 
 
 def places(layout: fragmented_array.TiledLayout, shape: tuple[int, int]) -> np.ndarray:
@@ -69,7 +46,9 @@ def test_assembly_and_order_of_columns() -> None:
 
 
 @needs_jax_0_11
-@pytest.mark.parametrize(("shape", "m"), [((14336, 4096), 16), ((4096, 14336), 64), ((1024, 4096), 512)])
+@pytest.mark.parametrize(
+    ("shape", "m"), [((14336, 4096), 16), ((4096, 14336), 64), ((1024, 4096), 512), ((14336, 4096), 300)]
+)
 def test_lowers_to_cuda(shape: tuple[int, int], m: int) -> None:
     w = jax.eval_shape(quantize, jax.ShapeDtypeStruct(shape, jnp.bfloat16))
     assert "mosaic_gpu" in lower_for_cuda(
