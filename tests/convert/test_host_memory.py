@@ -13,6 +13,7 @@ import pytest
 
 from convert.families import get
 from convert.safetensors_io import TensorInfo, write_model
+from tests.support.runs import save_tokenizer
 
 CONFIG = {
     "model_type": "llama",
@@ -46,6 +47,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     some = (0.02 * np.random.default_rng(0).standard_normal(1 << 20)).astype(ml_dtypes.bfloat16)
     write_model(directory, infos, lambda name: np.resize(some, slots[name]), max_shard_bytes=SHARD)
     (directory / "config.json").write_text(json.dumps(CONFIG))
+    save_tokenizer(directory)
     assert sum(file.stat().st_size for file in directory.glob("*.safetensors")) > 600 * 2**20
     return directory
 
