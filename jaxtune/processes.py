@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 # What JAX itself gives a process that is silent; `Watch` is quicker, and says more.
 _HEARTBEAT_SECONDS = 100
 _START_SECONDS = 300
-# An exception may come from another process's end, of which the watch then tells within this time.
+# An exception, or what caused it, may come from another process's end; the watch then tells of it within this time.
 _TOLD_SECONDS = 5.0
 
 
@@ -70,7 +70,8 @@ def joined(launch: Launch | None, note: Callable[[str], None]) -> Iterator[None]
         watch.close()
         raise
     except BaseException as error:
-        if isinstance(error, Exception) and not isinstance(error, UserError | NotImplementedError | OSError):
+        own = isinstance(error, UserError | NotImplementedError | OSError) and error.__cause__ is None
+        if isinstance(error, Exception) and not own:
             time.sleep(_TOLD_SECONDS)
         watch.fail((str(error).splitlines() or [type(error).__name__])[0])
         raise
