@@ -54,7 +54,11 @@ CASES = {
     "long": Case(["train.remat=offload"], 1, 8192, peers={"unsloth": "offload", "hf": "full"}),
     "large": Case(["train.remat=offload"], 16, peers={"unsloth": "offload", "hf": "full"}),
     "packed": Case(
-        [*_LEAN, "data.packing=true", "train.gradient_accumulation_steps=4", "data.train={model}/documents.jsonl"], 2
+        [
+            *(*_LEAN, "train.remat=offload", "data.packing=true"),
+            *("train.gradient_accumulation_steps=4", "data.train={model}/documents.jsonl"),
+        ],
+        2,
     ),
     "packed_full_rows": Case(["train.remat=none", "data.packing=true"]),
     "small": Case(["train.remat=none"], 1, 256, peers={"unsloth": "none", "hf": "full"}),
