@@ -44,6 +44,7 @@ ONLY_IMPORTED_BY = {"jaxtune.train": "jaxtune.api"}
 IMPORT_IN_TURN = """
 import importlib, os, sys
 import jax._src.xla_bridge as xla_bridge
+import jax.experimental.pallas.mosaic_gpu  # JAX itself points a variable to CUDA's tools here.
 for name in sys.argv[1:]:
     before = dict(os.environ)
     importlib.import_module(name)

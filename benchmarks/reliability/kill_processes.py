@@ -6,9 +6,9 @@ A tiny Llama is tuned over a mesh of as many CPU devices, on loopback, saving af
 all joined (before that JAX itself gives up, within 300 s) a process that is drawn gets SIGKILL, and every third time
 SIGTERM. The others must end by themselves: with status 3 and a message that names it, or, where it was asked to stop,
 all alike with everything saved. All are then started again with `--resume auto`. No step that was saved may be lost,
-and the losses must be those of one process that nobody disturbed: of the first six steps within 1e-5, of all within
-1e-2, since at this learning rate 8-bit moments double what rounding began with at every step or so. Prints what the
-kills hit; exit status 1 where anything is otherwise.
+and the losses must be those of one process that nobody disturbed: of the first six steps within 1e-5; of all within
+1e-4 where the optimizer is `adamw` (`--optim`), and within 1e-2 with 8-bit moments, which at this learning rate double
+what rounding began with at every step or so. Prints what the kills hit; exit status 1 where anything is otherwise.
 """
 
 from __future__ import annotations
@@ -56,6 +56,7 @@ def main() -> int:
     parser.add_argument("--processes", type=int, default=3)
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--optim", choices=["adamw_8bit", "adamw"], default="adamw_8bit")
     parser.add_argument("--longest", type=float, default=20.0, help="seconds after the start to kill within")
     parser.add_argument("--seed", type=int, default=time.time_ns() % 2**31)
     options = parser.parse_args()
@@ -63,7 +64,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         config = write_run(directory, options.steps)
-        rows = ["--set", f"train.batch_size={2 * count}"]
+        rows = ["--set", f"train.batch_size={2 * count}", "--set", f"train.optim={options.optim}"]
         one = [*command(config, directory / "one"), *rows]
         done = subprocess.run(one, cwd=ROOT, capture_output=True, text=True)
         if done.returncode:
@@ -131,7 +132,7 @@ def main() -> int:
             f"{slowest:.1f} s; losses within {first:.1e} of one process's in the first six steps, "
             f"{worst:.1e} in {options.steps}"
         )
-        return int(first > 1e-5 or worst > 1e-2)
+        return int(first > 1e-5 or worst > (1e-4 if options.optim == "adamw" else 1e-2))
 
 
 if __name__ == "__main__":
