@@ -7,6 +7,7 @@ shapes, kernels in Pallas' interpreter, and the real shapes are lowered to CUDA.
     python -m pallas_kernels.bench nf4_matmul --shapes llama3-8b
     python -m pallas_kernels.bench rms_norm --variant my_norm.py:my_rms_norm
     python -m pallas_kernels.bench --all --json kernels.json --plot kernels.png
+    python -m pallas_kernels.bench --headline --json kernels.json
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import functools
 import importlib.util
 import itertools
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -49,6 +51,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("ops", nargs="*", metavar="OP", help=f"one or more of {', '.join(CASES)}")
     parser.add_argument("--all", action="store_true", help="all ops")
+    parser.add_argument(
+        "--headline", action="store_true", help="all ops, only what they choose by themselves and the definition in XLA"
+    )
     parser.add_argument("--shapes", nargs="+", default=[], help="cases by the beginning of their name, as llama3-8b")
     parser.add_argument("--variant", action="append", default=[], metavar="FILE.py:FUNCTION", help="of OP's signature")
     parser.add_argument("--sweep", action="store_true", help="try each combination of the variant file's TUNING")
@@ -56,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="write the rows; rows of other systems in the file are kept")
     parser.add_argument("--plot", type=Path, help="write a chart (needs matplotlib)")
     args = parser.parse_args(arguments)
-    ops = list(CASES) if args.all else args.ops
+    ops = args.ops or (list(CASES) if args.all or args.headline else [])
     if not ops or not {*ops} <= {*CASES}:
         parser.error(f"name an op, or --all; the ops are {', '.join(CASES)}")
     if args.variant and len(ops) != 1:
@@ -80,14 +85,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if ceilings is not None:
         print(f"ceilings: {ceilings[0] / 1e12:.2f} TB/s, {ceilings[1] / 1e12:.0f} TFLOP/s in bfloat16", flush=True)
     print(report.title(), flush=True)
+    begun = time.perf_counter()
     measured: list[Row] = []
-    for row in rows_of(cases, variants, ceilings=ceilings, real_cases=real, with_gradient=not args.forward):
+    for row in rows_of(
+        cases,
+        variants,
+        ceilings=ceilings,
+        real_cases=real,
+        with_gradient=not args.forward,
+        headline=args.headline,
+        progress=lambda text: print(f"{time.perf_counter() - begun:.0f} s: {text}", file=sys.stderr, flush=True),
+    ):
         measured.append(row)
         print(report.line(row), flush=True)
+        if args.json is not None:
+            # After each row: a run that is ended early keeps what it has measured.
+            report.write_json(args.json, measured, ceilings)
     if args.sweep and on_gpu:
         _print_winners(measured, variants)
-    if args.json is not None:
-        report.write_json(args.json, measured, ceilings)
     if args.plot is not None:
         report.plot(args.plot, measured)
     if not on_gpu:

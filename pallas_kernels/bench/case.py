@@ -36,7 +36,7 @@ class Case:
         default `reference` of the inputs in float32.
     flops: of the matrix products, by what is timed. wrt: inputs that gradients are checked for.
     timed: FORWARD, BOTH, or BACKWARD where `function` itself is a backward pass.
-    feed: (inputs, results) -> the inputs of the next call, where results are written over inputs.
+    in_place: whether results may be written over inputs.
     headline: whether it is measured when no shapes are asked for.
     """
 
@@ -52,7 +52,7 @@ class Case:
     flops: Callable[[str], float] = _NO_PRODUCTS
     wrt: tuple[int, ...] = ()
     timed: tuple[str, ...] = (FORWARD,)
-    feed: Callable[[Any, Any], Any] | None = None
+    in_place: bool = False
     headline: bool = True
 
     def candidates(self) -> dict[str, Callable[..., Any]]:

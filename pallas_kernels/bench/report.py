@@ -20,7 +20,8 @@ def line(row: Row) -> str:
     """One row of the table."""
     rows = "-" if row.m is None else str(row.m)
     error = "-" if row.max_rel_err is None else f"{row.max_rel_err:.1e}"
-    head = f"{row.op:<13} {row.case:<38} {rows:>9} {row.work:<16} {row.implementation:<12} {error:>8}"
+    name = row.implementation + ("*" if row.automatic else "")
+    head = f"{row.op:<13} {row.case:<38} {rows:>9} {row.work:<16} {name:<12} {error:>8}"
     if row.us is None or row.spread_us is None or row.roofline_share is None or row.temp_bytes is None:
         return f"{head}  {'WRONG: ' if row.wrong else ''}{row.note}"
     rate = f"{row.gb_s:.0f} GB/s" if row.gb_s is not None else f"{row.tflop_s:.0f} TFLOP/s"
@@ -29,18 +30,17 @@ def line(row: Row) -> str:
 
 
 def title() -> str:
-    """The table's first line. ± is the distance between the quartiles."""
+    """The table's first line. ± is the distance between the quartiles, * marks what an op chooses by itself."""
     head = f"{'op':<13} {'case':<38} {'m':>9} {'work':<16} {'implement.':<12} {'max err':>8}"
     return f"{head} {'us':>10} {'':<8} {'rate':>12} {'roof':>5} {'temp MiB':>9}"
 
 
 def write_json(path: Path, rows: list[Row], ceilings: tuple[float, float] | None) -> None:
-    """Rows, device, ceilings, versions, date and commit. An existing file keeps the rows of other systems."""
-    others = []
-    if path.exists():
-        others = [row for row in json.loads(path.read_text())["rows"] if row["system"] != Row.system]
+    """Rows, device, ceilings, versions, date and commit. An existing file keeps what it says of other systems."""
+    kept = json.loads(path.read_text()) if path.exists() else {"rows": []}
+    others = [row for row in kept["rows"] if row["system"] != Row.system]
     reached = None if ceilings is None else {"bytes_per_s": ceilings[0], "bf16_flop_per_s": ceilings[1]}
-    data = _header() | {"ceilings": reached, "rows": [dataclasses.asdict(row) for row in rows] + others}
+    data = kept | _header() | {"ceilings": reached, "rows": [dataclasses.asdict(row) for row in rows] + others}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(data, indent=1) + "\n")
 

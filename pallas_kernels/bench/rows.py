@@ -169,7 +169,7 @@ def glu_cases(small: bool) -> Iterator[Case]:
             call=lambda f, dh, operands, activation=activation: f(dh, operands, activation=activation),
             reference=backward_reference,
             timed=(BACKWARD,),
-            feed=lambda inputs, results: results,
+            in_place=True,
             headline=headline,
         )
 
@@ -201,6 +201,6 @@ def adam8bit_cases(small: bool) -> Iterator[Case]:
             make=make,
             call=lambda f, *inputs: f(*inputs, step=jnp.int32(3), apply=True, **hyper),
             reference=reference,
-            feed=lambda inputs, results: (inputs[0], results[1], results[0]),
+            in_place=True,
             headline=name == "llama-3-8b",
         )

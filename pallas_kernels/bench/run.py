@@ -1,4 +1,5 @@
-"""From cases to rows: compile everything in parallel, check each implementation, then time those that are right."""
+"""From cases to rows: compile some dozens of programs in parallel, then, with nothing else on the device, check each
+implementation and time those that are right."""
 
 from __future__ import annotations
 
@@ -6,20 +7,28 @@ import contextlib
 import dataclasses
 import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels._device import lower_for_cuda
+from pallas_kernels._dispatch import record_choices
 from pallas_kernels._triton import interpreted
 from pallas_kernels.bench import timing
 from pallas_kernels.bench.case import BOTH, FORWARD, Case, nbytes, with_gradients
 from pallas_kernels.bench.check import bounds, relative_errors, verdict
 
 SYSTEM = "pallas_kernels"
+DEFINITION = "xla"
 LOWERED = "right in the interpreter, lowers to CUDA"
+# Compiled together: compiling searches for the fastest products on the device, and must not run beside what is timed.
+_WAVE_PROGRAMS = 120
+# Products through cuBLAS, as in jaxtune's step: searching Triton's tilings as well takes minutes for all cases.
+_OPTIONS = {"xla_gpu_enable_triton_gemm": False}
+# What only the check needs is not searched for at all.
+_CHECK_OPTIONS = {"xla_gpu_autotune_level": 0} | _OPTIONS
 
 
 @dataclasses.dataclass
@@ -27,7 +36,9 @@ class Row:
     """One line of the table. us, spread_us: median and distance between the quartiles, microseconds of one call.
 
     work: forward, forward+backward or backward. gb_s, tflop_s: which one bounds the call. roofline_share: least time
-    over time. max_rel_err: the largest of values and gradients. note: why there is no speed.
+    over time. max_rel_err: the largest of values and gradients. temp_bytes: that XLA allocates beside inputs and
+    results. automatic: whether it is what the op chooses here by itself. clock: "device" or "host", see `timing`.
+    note: why there is no speed.
     """
 
     op: str
@@ -43,19 +54,23 @@ class Row:
     roofline_share: float | None = None
     max_rel_err: float | None = None
     temp_bytes: int | None = None
+    automatic: bool = False
+    clock: str | None = None
     note: str | None = None
     wrong: bool = False
 
 
 @dataclasses.dataclass
 class _Prepared:
-    """A case and its programs, compiled or being so. shapes, results, cotangent: of its inputs and results."""
+    """A case and its programs, compiled or being so. shapes, results, cotangent: of its inputs and results. automatic:
+    the implementation that the op chooses by itself."""
 
     case: Case
     candidates: dict[str, Callable[..., Any]]
     shapes: tuple[Any, ...]
     results: Any
     cotangent: Any
+    automatic: str | None
     programs: dict[Any, Future]
 
 
@@ -66,6 +81,8 @@ def rows_of(
     ceilings: tuple[float, float] | None,
     real_cases: list[Case],
     with_gradient: bool = True,
+    headline: bool = False,
+    progress: Callable[[str], None] = lambda text: None,
 ) -> Iterator[Row]:
     """Rows in the order of the cases.
 
@@ -76,14 +93,29 @@ def rows_of(
             nothing is timed.
         real_cases: the cases in their real shapes, in the same order: without a GPU they are lowered for one.
         with_gradient: off for functions that have none.
+        headline: time the implementation that the op chooses, and the definition through XLA, alone.
+        progress: told what is being waited for.
     """
     if not with_gradient:
         cases, real_cases = ([_forward_only(case) for case in some] for some in (cases, real_cases))
+    waiting = list(zip(cases, real_cases, strict=True))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        prepared = [_prepare(pool, case, case.candidates() | extra, ceilings) for case in cases]
-        for one, real in zip(prepared, real_cases, strict=True):
-            yield from _rows_of_case(one, ceilings, real)
-            one.programs.clear()
+        while waiting:
+            wave: list[tuple[_Prepared, Case]] = []
+            while waiting and sum(len(one.programs) for one, _ in wave) < _WAVE_PROGRAMS:
+                case, real = waiting.pop(0)
+                wave.append((_prepare(pool, case, extra, ceilings, headline), real))
+            if ceilings is not None:
+                _wait([program for one, _ in wave for program in one.programs.values()], progress)
+            for one, real in wave:
+                yield from _rows_of_case(one, ceilings, real)
+                one.programs.clear()
+
+
+def _wait(programs: list[Future], progress: Callable[[str], None]) -> None:
+    for done, _ in enumerate(as_completed(programs), start=1):
+        if done % 20 == 0 or done == len(programs):
+            progress(f"compiled {done} of {len(programs)} programs")
 
 
 def _forward_only(case: Case) -> Case:
@@ -93,8 +125,9 @@ def _forward_only(case: Case) -> Case:
 def _prepare(
     pool: ThreadPoolExecutor,
     case: Case,
-    candidates: dict[str, Callable[..., Any]],
+    extra: dict[str, Callable[..., Any]],
     ceilings: tuple[float, float] | None,
+    headline: bool,
 ) -> _Prepared:
     """Traces all programs of a case, and begins to compile them."""
     key = jax.eval_shape(lambda: jax.random.key(0))
@@ -112,19 +145,44 @@ def _prepare(
         programs["truth"] = _compiled(pool, case.exact, shapes, cotangent)
     checked = [jax.eval_shape(f, shapes, cotangent) for f in (own, case.exact)]
     programs["errors"] = _compiled(pool, relative_errors, *checked)
-    prepared = _Prepared(case, candidates, shapes, results, cotangent, programs)
+    automatic = None if ceilings is None else _automatic(case, shapes)
+    candidates = case.candidates()
+    if headline and automatic is not None:
+        candidates = {name: f for name, f in candidates.items() if name in (automatic, DEFINITION)}
+    candidates |= extra
     for name, f in candidates.items():
         with interpreted() if ceilings is None else contextlib.nullcontext():
             called = _call(case, f)
-            programs["check", name] = _compiled(pool, with_gradients(called, case.wrt), shapes, cotangent)
+            checking = with_gradients(called, case.wrt)
+            checked_as_timed = _work_of_check(case) in case.timed
+            options = _OPTIONS if checked_as_timed else _CHECK_OPTIONS
+            programs["check", name] = _compiled(pool, checking, shapes, cotangent, options=options)
         if ceilings is None:
             continue
         for work in case.timed:
-            inputs, floor, _ = _least(prepared, work, ceilings)
-            calls, sets = _plan(prepared, inputs, work, floor)
-            run = timing.program(_timed(case, f, work), calls, case.feed)
-            programs[work, name] = _compiled(pool, run, [inputs] * sets, donate=() if case.feed is None else (0,))
-    return prepared
+            if work == _work_of_check(case):
+                programs[work, name] = programs["check", name]
+                continue
+            timed = with_gradients(called, case.wrt if work == BOTH else ())
+            donate = (0,) if case.in_place else ()
+            programs[work, name] = _compiled(
+                pool, timed, shapes, cotangent if work == BOTH else None, donate=donate, options=_OPTIONS
+            )
+    return _Prepared(case, candidates, shapes, results, cotangent, automatic, programs)
+
+
+def _work_of_check(case: Case) -> str | None:
+    """What the program that is checked can be timed as: with gradients it is both ways."""
+    if case.in_place:
+        return None
+    return BOTH if case.wrt else case.timed[0]
+
+
+def _automatic(case: Case, shapes: tuple[Any, ...]) -> str | None:
+    """What the op chooses by itself: of the choices of a call the outermost comes first."""
+    with record_choices() as choices:
+        jax.eval_shape(_call(case, case.function), *shapes)
+    return choices[0].implementation if choices else None
 
 
 def _rows_of_case(one: _Prepared, ceilings: tuple[float, float] | None, real: Case) -> Iterator[Row]:
@@ -153,6 +211,7 @@ def _rows_of_case(one: _Prepared, ceilings: tuple[float, float] | None, real: Ca
         lowered = _lowered(real, f) if ceilings is None and note is None else None
         for work in case.timed:
             row = Row(case.op, case.name, case.m, work, name, max_rel_err=error, note=note, wrong=wrong)
+            row.automatic = name == one.automatic
             if note is None and ceilings is not None:
                 _time(row, one, name, work, ceilings, make)
             elif lowered is not None:
@@ -162,29 +221,23 @@ def _rows_of_case(one: _Prepared, ceilings: tuple[float, float] | None, real: Ca
 
 def _time(row: Row, one: _Prepared, name: str, work: str, ceilings: tuple[float, float], make: Any) -> None:
     """Fills in the row's measured fields, or why there are none."""
-    shapes, floor, by_memory = _least(one, work, ceilings)
-    calls, sets = _plan(one, shapes, work, floor)
-
-    def make_sets() -> list[Any]:
-        made = [make(key) for key in jax.random.split(jax.random.key(11), sets)]
-        return (
-            [(inputs, one.programs["cotangent"].result()(jax.random.key(13))) for inputs in made]
-            if work == BOTH
-            else made
-        )
-
+    inputs, floor, by_memory = _least(one, work, ceilings)
+    calls, sets = timing.plan(floor, nbytes(inputs), one.case.in_place)
+    keys = jax.random.split(jax.random.key(11), sets)
     try:
         run = one.programs[work, name].result()
-        us, row.spread_us = timing.measure(run, make_sets, calls, floor, one.case.feed is not None)
+        cotangents = one.programs["cotangent"].result() if work == BOTH else lambda key: None
+        measured = timing.measure(run, [(make(key), cotangents(key)) for key in keys], calls)
         row.temp_bytes = run.memory_analysis().temp_size_in_bytes
     except Exception as failure:  # noqa: BLE001 - one row says what went wrong, the others are still measured
         row.note, row.wrong = _reason(failure), True
         return
-    row.us, row.roofline_share = us, floor / us
+    row.us, row.spread_us, row.clock = measured
+    row.roofline_share = floor / row.us
     if by_memory:
-        row.gb_s = floor * ceilings[0] / us / 1e9
+        row.gb_s = floor * ceilings[0] / row.us / 1e9
     else:
-        row.tflop_s = one.case.flops(work) / us / 1e6
+        row.tflop_s = one.case.flops(work) / row.us / 1e6
 
 
 def _least(one: _Prepared, work: str, ceilings: tuple[float, float]) -> tuple[Any, float, bool]:
@@ -198,21 +251,12 @@ def _least(one: _Prepared, work: str, ceilings: tuple[float, float]) -> tuple[An
     return inputs, max(by_memory, by_products), by_memory >= by_products
 
 
-def _plan(one: _Prepared, inputs: Any, work: str, floor: float) -> tuple[int, int]:
-    results = nbytes(one.results) + _gradient_bytes(one, work)
-    return timing.plan(floor, nbytes(inputs), results, one.case.feed is not None)
-
-
 def _gradient_bytes(one: _Prepared, work: str) -> int:
     return sum(nbytes(one.shapes[i]) for i in one.case.wrt) if work == BOTH else 0
 
 
 def _call(case: Case, f: Callable[..., Any]) -> Callable[..., Any]:
     return lambda *inputs: case.call(f, *inputs)
-
-
-def _timed(case: Case, f: Callable[..., Any], work: str) -> Callable[..., Any]:
-    return with_gradients(_call(case, f), case.wrt) if work == BOTH else _call(case, f)
 
 
 def _lowered(real: Case, f: Callable[..., Any]) -> str:
@@ -237,10 +281,16 @@ def _cotangent(key: Any, results: Any) -> Any:
     return jax.tree.unflatten(structure, drawn)
 
 
-def _compiled(pool: ThreadPoolExecutor, f: Callable[..., Any], *shapes: Any, donate: tuple[int, ...] = ()) -> Future:
+def _compiled(
+    pool: ThreadPoolExecutor,
+    f: Callable[..., Any],
+    *shapes: Any,
+    donate: tuple[int, ...] = (),
+    options: dict[str, Any] = _CHECK_OPTIONS,
+) -> Future:
     """f, traced at once and compiled in the background; what is wrong with it is raised by `result`."""
     try:
-        return pool.submit(jax.jit(f, donate_argnums=donate).lower(*shapes).compile)
+        return pool.submit(jax.jit(f, donate_argnums=donate).lower(*shapes).compile, options)
     except Exception as failure:  # noqa: BLE001 - a variant may raise anything, and one row says what
         failed: Future = Future()
         failed.set_exception(failure)

@@ -1,88 +1,125 @@
-"""How long a call takes on the device.
+"""How long a call keeps the device busy.
 
-Calls are laid behind each other in one program, each tied to the one before, on input sets that together exceed the
-cache; programs are sent one behind the other, so that the host is not waited for. What writes over its inputs gets
-fresh ones for each repeat. Inputs are random: zeros run faster than data.
+Calls are queued behind each other on input sets that together exceed the cache; what writes over its inputs gets a set
+for each call. A call's time is that of its kernels and copies, as JAX's profiler saw them on the device: the gaps in
+which the host prepares the next launch are left out, for they belong to the program around a call. Where the profiler
+sees no device, as on a CPU, the host's clock is read. Inputs are random: zeros run faster than data.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
+import tempfile
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
-REPEATS = 7
-_CACHE_BYTES, _SETS_BYTES, _RESULTS_BYTES = 200e6, 8e9, 3e9
-_PROGRAM_US, _IN_PLACE_PROGRAM_US, _REPEAT_US, _MOST_CALLS = 1500.0, 5000.0, 10000.0, 16
+# Between rounds the device is waited for; each round begins with the device idle, as its first calls do.
+ROUNDS = 3
+WARM_UP = 2
+_MEASURED_US, _LEAST_CALLS, _MOST_CALLS = 30000.0, 9, 60
+_CACHE_BYTES, _UNKNOWN_MEMORY_BYTES = 200e6, 24e9
 
-
-def plan(floor_us: float, input_bytes: int, result_bytes: int, in_place: bool) -> tuple[int, int]:
-    """(calls of a program, input sets) for a call that takes at least `floor_us`."""
-    wanted = math.ceil((_IN_PLACE_PROGRAM_US if in_place else _PROGRAM_US) / max(floor_us, 1.0))
-    fitting = _MOST_CALLS if in_place else int(_RESULTS_BYTES // max(result_bytes, 1))
-    calls = max(1, min(wanted, fitting, _MOST_CALLS))
-    sets = calls if in_place else math.ceil(_CACHE_BYTES / max(input_bytes, 1))
-    return calls, max(1, min(sets, calls, int(_SETS_BYTES // max(input_bytes, 1))))
+Interval = tuple[float, float]
 
 
-def program(f: Callable[..., Any], calls: int, feed: Callable[[Any, Any], Any] | None) -> Callable[[list[Any]], Any]:
-    """A function of the input sets that calls f(*inputs) `calls` times, and gives all results; or with `feed` the
-    input sets that they became."""
+class Plan(NamedTuple):
+    """How many calls are timed, and how many input sets they are given."""
 
-    # One function of the program, however often it is called: it is lowered once.
-    f = jax.jit(f)
-
-    def run(sets: list[Any]) -> Any:
-        sets = list(sets)
-        results: list[Any] = []
-        for i in range(calls):
-            inputs = sets[i % len(sets)]
-            if results:
-                # Otherwise XLA may merge the loops of several calls, or leave out a call it has seen.
-                inputs, results[-1] = lax.optimization_barrier((inputs, results[-1]))
-            results.append(f(*inputs))
-            if feed is not None:
-                sets[i % len(sets)] = feed(inputs, results.pop())
-        return results if feed is None else sets
-
-    return run
+    calls: int
+    sets: int
 
 
-def measure(
-    run: Callable[[Any], Any], make_sets: Callable[[], Any], calls: int, floor_us: float, in_place: bool
-) -> tuple[float, float]:
-    """Microseconds of one call: the median over repeats, and the distance between the quartiles."""
-    sets = make_sets()
-    results = jax.block_until_ready(run(sets))
-    programs = 1 if in_place else max(2, min(50, math.ceil(_REPEAT_US / (calls * max(floor_us, 1.0)))))
-    times = []
-    for _ in range(REPEATS):
-        del results
-        if in_place:
-            sets = jax.block_until_ready(make_sets())
-        start = time.perf_counter()
-        for _ in range(programs):
-            results = run(sets)
-        jax.block_until_ready(results)
-        times.append((time.perf_counter() - start) / (programs * calls) * 1e6)
-    quartiles = statistics.quantiles(times, n=4)
-    return statistics.median(times), quartiles[2] - quartiles[0]
+class Timing(NamedTuple):
+    """Microseconds of one call: the median, and the distance between the quartiles; and what clock they are of."""
+
+    us: float
+    spread_us: float
+    clock: str
+
+
+def plan(floor_us: float, input_bytes: int, in_place: bool) -> Plan:
+    """For a call that takes at least `floor_us`; its input sets fill a sixth of the device's memory at most."""
+    calls = min(max(math.ceil(_MEASURED_US / max(floor_us, 1.0)), _LEAST_CALLS), _MOST_CALLS)
+    fitting = max(int(_memory_bytes() / 6 // max(input_bytes, 1)), 1)
+    if in_place:
+        calls = min(calls, max(fitting - WARM_UP, ROUNDS))
+    calls = max(calls // ROUNDS, 1) * ROUNDS
+    wanted = calls + WARM_UP if in_place else math.ceil(_CACHE_BYTES / max(input_bytes, 1))
+    return Plan(calls, wanted if in_place else max(1, min(wanted, fitting, calls)))
+
+
+def measure(run: Callable[..., Any], sets: Sequence[tuple[Any, ...]], calls: int) -> Timing:
+    """Time run(*inputs), taking the sets in turn; with as many sets as calls and warm-ups each is used once."""
+    order = (sets[i % len(sets)] for i in range(WARM_UP + calls))
+    for _ in range(WARM_UP):
+        jax.block_until_ready(run(*next(order)))
+    options = jax.profiler.ProfileOptions()
+    options.host_tracer_level = options.python_tracer_level = 0
+    options.enable_hlo_proto = False
+    by_host = []
+    with tempfile.TemporaryDirectory() as directory:
+        with jax.profiler.trace(directory, profiler_options=options):
+            for _ in range(ROUNDS):
+                start = time.perf_counter()
+                for _ in range(calls // ROUNDS):
+                    results = run(*next(order))
+                jax.block_until_ready(results)
+                by_host.append((time.perf_counter() - start) / (calls // ROUNDS) * 1e6)
+        intervals = device_intervals(Path(directory))
+    times = busy_us(intervals, calls) if intervals else by_host
+    spread = 0.0
+    if len(times) > 1:
+        quartiles = statistics.quantiles(times, n=4)
+        spread = quartiles[2] - quartiles[0]
+    return Timing(statistics.median(times), spread, "device" if intervals else "host")
+
+
+def device_intervals(directory: Path) -> list[Interval]:
+    """(begin, end) in nanoseconds of each kernel and copy in a trace, in the order in which they began."""
+    (trace,) = directory.rglob("*.xplane.pb")
+    return sorted(
+        (event.start_ns, event.start_ns + event.duration_ns)
+        for plane in jax.profiler.ProfileData.from_file(str(trace)).planes
+        if "GPU" in plane.name
+        for line in plane.lines
+        if "Stream" in line.name
+        for event in line.events
+    )
+
+
+def busy_us(intervals: Sequence[Interval], calls: int) -> list[float]:
+    """Microseconds that the device was busy in each of these equal calls; the mean alone where they were not equal."""
+    if len(intervals) % calls:
+        return [_covered(intervals) / calls / 1e3]
+    each = len(intervals) // calls
+    return [_covered(intervals[i : i + each]) / 1e3 for i in range(0, len(intervals), each)]
+
+
+def _covered(intervals: Sequence[Interval]) -> float:
+    """What the intervals, sorted, cover together: kernels of two streams may overlap."""
+    total, reached = 0.0, -math.inf
+    for begin, end in intervals:
+        total += max(end - max(begin, reached), 0.0)
+        reached = max(reached, end)
+    return total
+
+
+def _memory_bytes() -> float:
+    statistics_of_device = jax.local_devices()[0].memory_stats() or {}
+    return statistics_of_device.get("bytes_limit", _UNKNOWN_MEMORY_BYTES)
 
 
 def ceilings() -> tuple[float, float]:
     """Bytes and bf16 operations a second that this GPU reaches in a copy of 1 GiB and in a product of 8,192^3."""
-
-    def seconds(f: Callable[..., Any], inputs: tuple[Any, ...], calls: int) -> float:
-        run = jax.jit(program(lambda *arrays: f(*arrays), calls, None))
-        return measure(run, lambda: [inputs], calls, 500.0, False)[0] / 1e6
-
     n = 8192
     keys = jax.random.split(jax.random.key(1), 3)
     big, a, b = (jax.random.normal(key, (rows * n, n), jnp.bfloat16) for key, rows in zip(keys, (8, 1, 1), strict=True))
-    return 2 * big.nbytes / seconds(lambda x: -x, (big,), 2), 2.0 * n**3 / seconds(lambda a, b: a @ b.T, (a, b), 4)
+    copied = measure(jax.jit(lambda x: -x), [(big,)], 30)
+    product = measure(jax.jit(lambda a, b: a @ b.T), [(a, b)], 30)
+    return 2e6 * big.nbytes / copied.us, 2e6 * n**3 / product.us

@@ -104,7 +104,6 @@ def test_values_alone_and_a_grid(variants: Path, capsys: pytest.CaptureFixture[s
 def test_times_what_is_right(op: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Through XLA on any device: calls behind each other, and calls that write over their inputs."""
     monkeypatch.setattr(timing, "_MOST_CALLS", 3)
-    monkeypatch.setattr(timing, "_REPEAT_US", 10.0)
     cases = [case for case in chosen(command.CASES[op](True), ["llama3-8b"]) if case.m != 1][:2]
     rows = list(rows_of(cases, {}, ceilings=(1e12, 1e14), real_cases=cases))
     timed = [row for row in rows if row.implementation == "xla"]
@@ -141,7 +140,15 @@ def test_errors_say_what_to_write(arguments: list[str], message: str, capsys: py
     assert message in capsys.readouterr().err
 
 
-def test_sets_exceed_the_cache_and_results_fit() -> None:
-    assert timing.plan(8.0, 31_000_000, 30_000, in_place=False) == (16, 7)
-    assert timing.plan(3000.0, 10**9, 10**9, in_place=False) == (1, 1)
-    assert timing.plan(330.0, 705_000_000, 705_000_000, in_place=True) == (16, 11)
+def test_sets_exceed_the_cache_and_fit_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "_memory_bytes", lambda: 60e9)
+    assert timing.plan(8.0, 31_000_000, in_place=False) == (60, 7)
+    assert timing.plan(25_000.0, 10**9, in_place=False) == (9, 1)
+    assert timing.plan(330.0, 705_000_000, in_place=True) == (12, 14)
+    assert timing.plan(700.0, 10**11, in_place=True) == (3, 5)
+
+
+def test_busy_time_leaves_out_gaps_and_counts_what_overlaps_once() -> None:
+    calls = [(0, 1000), (500, 2000), (9000, 9500), (20000, 21000), (20500, 22000), (29000, 29700)]
+    assert timing.busy_us(calls, 2) == [2.5, 2.7]
+    assert timing.busy_us(calls[:-1], 2) == [2.25]
