@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -221,20 +221,12 @@ def is_quantized(config: Mapping[str, Any]) -> bool:
     return True
 
 
-def skip_modules(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """The modules that a model's config.json keeps unquantised; () where it leaves that to the reader."""
-    return tuple((config.get("quantization_config") or {}).get("llm_int8_skip_modules") or ())
-
-
-def quantization_config(
-    *, compute_dtype: str = "bfloat16", double_quant: bool = True, skip_modules: Sequence[str] | None = None
-) -> dict[str, Any]:
+def quantization_config(*, compute_dtype: str = "bfloat16", double_quant: bool = True) -> dict[str, Any]:
     """The `quantization_config` of config.json, as transformers writes it for the weights of `unpack`.
 
     Args:
         compute_dtype: what transformers will multiply in.
         double_quant: whether the weights' scales are 8-bit.
-        skip_modules: names of the linear modules that are not packed; None for the output head alone.
     """
     return {
         "_load_in_4bit": True,
@@ -245,7 +237,8 @@ def quantization_config(
         "bnb_4bit_use_double_quant": double_quant,
         "llm_int8_enable_fp32_cpu_offload": False,
         "llm_int8_has_fp16_weight": False,
-        "llm_int8_skip_modules": None if skip_modules is None else list(skip_modules),
+        # The output head alone.
+        "llm_int8_skip_modules": None,
         "llm_int8_threshold": 6.0,
         "load_in_4bit": True,
         "load_in_8bit": False,

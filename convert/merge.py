@@ -12,17 +12,19 @@ from convert.checkpoint import Checkpoint
 from convert.families.table import Slot
 from convert.safetensors_io import TensorInfo
 from pallas_kernels import nf4
-from pallas_kernels.nf4 import NF4Tensor
+from pallas_kernels.nf4 import NF4Tensor, on_all_cores
 
 Base = Literal["dequantized", "original"]
 Values = Callable[[Slot], np.ndarray]
+# Elements that a thread sums at a time.
+_SLAB = 1 << 18
 DTYPES = {"bf16": np.dtype(ml_dtypes.bfloat16), "fp16": np.dtype(np.float16), "fp32": np.dtype(np.float32)}
 
 
 def base_values(
     checkpoint: Checkpoint, base: Base, *, dtype: np.dtype | None = None, double_quant: bool = True
 ) -> Values:
-    """What the base model's tensors are for a merge, in our orientation.
+    """What the base model's tensors are for a merge.
 
     Args:
         checkpoint: the base model.
@@ -40,8 +42,6 @@ def base_values(
         tensor = np.asarray(nf4.dequantize(weight)) if isinstance(weight, NF4Tensor) else weight
         if slot.rows is not None:
             tensor = tensor[slice(*slot.rows)]
-        if slot.transform is not None:
-            tensor = slot.transform.to_ours(tensor)
         if requantise and slot.is_linear:
             tensor = np.asarray(nf4.dequantize(nf4.quantize(tensor.astype(dtype), double_quant=double_quant)))
         return tensor
@@ -54,11 +54,12 @@ def merged(
 ) -> tuple[dict[str, TensorInfo], Callable[[str], np.ndarray]]:
     """The tensors of base + scaling * B A, under Hugging Face's names.
 
-    Sums are float32 and rounded once, to `dtype`.
+    Sums are float32 and rounded once, to `dtype`, a few rows at a time: beside base and result nothing of a tensor's
+    size is held.
 
     Args:
         slots: the model's tensors.
-        base: gives a slot's values in our orientation, in any float dtype.
+        base: gives a slot's values, in any float dtype.
         lora: the adapter's tree, lora_A [L, R, in] and lora_B [L, out, R]; {} for none.
         scaling: on B A.
         dtype: of every tensor that comes out.
@@ -72,26 +73,37 @@ def merged(
         parts.setdefault(slot.name, []).append(slot)
 
     def read(name: str) -> np.ndarray:
-        tensors = [_sum(slot, base(slot), lora, scaling) for slot in parts[name]]
-        tensor = tensors[0] if len(tensors) == 1 else np.concatenate(tensors)
-        with np.errstate(over="ignore"):
-            rounded = tensor.astype(dtype, copy=False)
-        if not np.isfinite(rounded.astype(np.float32, copy=False)).all():
-            raise ValueError(f"{name}: values beyond {dtype.name}, or not finite; write the model as bf16 or fp32")
-        return rounded
+        tensor = np.empty(parts[name][0].stored_shape, dtype)
+        for slot in parts[name]:
+            _add(tensor[slice(*(slot.rows or (None,)))], slot, np.asarray(base(slot)), lora, scaling)
+        return tensor
 
     return {name: TensorInfo(dtype, slots[0].stored_shape) for name, slots in parts.items()}, read
 
 
-def _sum(slot: Slot, base: np.ndarray, lora: Mapping[str, Any], scaling: float) -> np.ndarray:
-    """One slot's base + scaling * B A, in Hugging Face's form."""
-    tensor, node = np.asarray(base), lora
+def _add(tensor: np.ndarray, slot: Slot, base: np.ndarray, lora: Mapping[str, Any], scaling: float) -> None:
+    """Put one slot's base + scaling * B A into its place."""
+    node = lora
     for key in slot.path[:-1]:
         node = node.get(key, {})
-    if slot.is_linear and node:
+    adapted = slot.is_linear and node
+    if adapted:
         lora_a, lora_b = (np.asarray(node[part][slot.layer], np.float32) for part in ("lora_A", "lora_B"))
-        tensor = tensor.astype(np.float32) + np.float32(scaling) * (lora_b @ lora_a)
-    return tensor if slot.transform is None else slot.transform.to_hf(tensor)
+    step = max(_SLAB // base[:1].size, 1)
+
+    def add(start: int) -> None:
+        rows = slice(start, start + step)
+        values = base[rows]
+        if adapted:
+            values = values.astype(np.float32) + np.float32(scaling) * (lora_b[rows] @ lora_a)
+        with np.errstate(over="ignore"):
+            tensor[rows] = values
+        if not np.isfinite(tensor[rows].astype(np.float32, copy=False)).all():
+            raise ValueError(
+                f"{slot.name}: values beyond {tensor.dtype.name}, or not finite; write the model as bf16 or fp32"
+            )
+
+    on_all_cores(add, range(0, len(tensor), step))
 
 
 def adapter_scaling(config: Mapping[str, Any]) -> float:

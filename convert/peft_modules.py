@@ -96,8 +96,7 @@ def placed(
     def read(slot: Slot) -> np.ndarray:
         if slot.name not in modules:
             return values(slot if slot.name in base else base[EMBEDDING])
-        tensor = modules[slot.name]
-        return tensor if slot.transform is None else slot.transform.to_ours(tensor)
+        return modules[slot.name]
 
     return read
 

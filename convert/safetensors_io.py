@@ -88,16 +88,24 @@ class SafetensorsModel:
     def read(self, name: str) -> np.ndarray:
         """The tensor `name` as a read-only view of the mapped file: bytes are fetched as they are touched.
 
-        Only the file last read from stays mapped (besides what views keep alive), so that a walk in the order of
-        `infos` holds one shard at a time.
+        Only the file last read from stays mapped (besides what views keep alive), and of it the pages of one tensor:
+        those of earlier ones are given back, and fetched again if their views are still used.
         """
         file, start = self._places[name]
         if self._mapped is None or self._mapped[0] != file:
             self._mapped = None
             with open(file, "rb") as handle:
                 self._mapped = (file, mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ))
+        else:
+            give_back(self._mapped[1])
         info = self.infos[name]
         return np.ndarray(info.shape, info.dtype, buffer=self._mapped[1], offset=start)
+
+
+def give_back(mapped: mmap.mmap) -> None:
+    """Let go of the pages of a mapped file that were touched, which count as this process's memory."""
+    if hasattr(mmap, "MADV_DONTNEED"):
+        mapped.madvise(mmap.MADV_DONTNEED)
 
 
 def open_model(directory: str | os.PathLike[str]) -> SafetensorsModel:

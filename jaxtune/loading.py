@@ -166,9 +166,9 @@ def load_model(
     for done, load in enumerate(loads, 1):
         with user_errors(f"{source.name}: {load.slot.name}: "):
             if load.slot.path in packed_paths:
-                value: Any = _packed(_fetch(checkpoint, load), dtype, config.double_quant)
+                value: Any = _packed(checkpoint.weight(load), dtype, config.double_quant)
             else:
-                value = _dense(_fetch(checkpoint, load), dtype)
+                value = _dense(checkpoint.weight(load), dtype)
             if place is not None:
                 value = place(load.slot.path, value, False)
             insert(frozen, load.slot.path, value, load.slot.layer, count)
@@ -352,14 +352,6 @@ def _packed_paths(loads: list[Load], prequantised: bool, dtype: jnp.dtype) -> se
                 extra / 2**30,
             )
     return packed
-
-
-def _fetch(checkpoint: Checkpoint, load: Load) -> np.ndarray | NF4Tensor:
-    """One tensor on the host, as it is stored, in our orientation."""
-    value = checkpoint.weight(load)
-    if load.slot.transform is None or isinstance(value, NF4Tensor):
-        return value
-    return load.slot.transform.to_ours(value)
 
 
 def _packed(value: np.ndarray | NF4Tensor, dtype: jnp.dtype, double_quant: bool) -> NF4Tensor:

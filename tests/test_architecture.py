@@ -24,7 +24,7 @@ TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FIL
 MAY_IMPORT = {
     "pallas_kernels": "pallas_kernels jax jaxlib numpy jaxtyping",
     "convert": "convert pallas_kernels.nf4 numpy ml_dtypes safetensors gguf tokenizers transformers jinja2 orbax"
-    " jaxtyping",
+    " jaxtyping libgguf",
     "jaxtune.config": "jaxtune.config_checks jaxtune.errors",
     "jaxtune.config_checks": "jaxtune.errors",
     "jaxtune.config_io": "jaxtune.config jaxtune.config_checks jaxtune.errors yaml",

@@ -12,8 +12,6 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-import numpy as np
-
 from convert.bnb4bit import is_packed
 from convert.safetensors_io import TensorInfo
 
@@ -29,14 +27,6 @@ _PACKED_PARTS = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Transform:
-    """Where the two sides hold different numbers: `to_hf` undoes `to_ours`; both take and give one layer's array."""
-
-    to_ours: Callable[[np.ndarray], np.ndarray]
-    to_hf: Callable[[np.ndarray], np.ndarray]
-
-
-@dataclasses.dataclass(frozen=True)
 class Rule:
     """One line of a family's table.
 
@@ -44,7 +34,6 @@ class Rule:
     path: place in our tree, joined with "/"; a path under "layers/" is one layer of a stacked leaf.
     shape: HF's shape in letters, products with "*": "N*H D".
     when: the fact about the config without which the tensor does not exist; None for always.
-    transform: how the values differ, if they do.
     fused: where the HF tensor holds several of ours one below the other, the rows of each in letters, from the top;
         each has a rule of its own, and `shape` is that of its part. part: which of them this is.
     """
@@ -53,7 +42,6 @@ class Rule:
     path: str
     shape: str
     when: str | None = None
-    transform: Transform | None = None
     fused: tuple[str, ...] = ()
     part: int = 0
 
@@ -70,7 +58,6 @@ class Slot:
     path: tuple[str, ...]
     layer: int | None
     shape: tuple[int, ...]
-    transform: Transform | None
     rows: tuple[int, int] | None
     stored_shape: tuple[int, ...]
 
@@ -129,7 +116,7 @@ class Family:
                 stored = (sum(size(part) for part in rule.fused), *shape[1:])
             path = tuple(rule.path.split("/"))
             for layer in range(facts["L"]) if path[0] == "layers" else [None]:
-                slots.append(Slot(rule.hf.format(i=layer), path, layer, shape, rule.transform, rows, stored))
+                slots.append(Slot(rule.hf.format(i=layer), path, layer, shape, rows, stored))
         return slots
 
     def plan(self, available: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> list[Load]:
@@ -174,44 +161,6 @@ class Family:
             )
         order = {name: position for position, name in enumerate(available)}
         return sorted(loads, key=lambda load: order[load.sources[0]])
-
-    def hf_tensors(
-        self, tree: Mapping[str, Any], config: Mapping[str, Any]
-    ) -> tuple[dict[str, TensorInfo], Callable[[str], np.ndarray]]:
-        """The table read backwards: a dense tree under HF names.
-
-        Args:
-            tree: our parameters, every leaf a NumPy or JAX array (4-bit leaves decoded by the caller).
-            config: the model's HF config.
-
-        Returns:
-            Each tensor's info, and a function that fetches one by name: what `safetensors_io.write_model` takes.
-        """
-        parts: dict[str, list[Slot]] = {}
-        for slot in self.slots(config):
-            parts.setdefault(slot.name, []).append(slot)
-        infos = {
-            name: TensorInfo(np.dtype(_leaf(tree, slots[0].path).dtype), slots[0].stored_shape)
-            for name, slots in parts.items()
-        }
-
-        def one(slot: Slot) -> np.ndarray:
-            leaf = _leaf(tree, slot.path)
-            tensor = np.asarray(leaf if slot.layer is None else leaf[slot.layer])
-            return tensor if slot.transform is None else slot.transform.to_hf(tensor)
-
-        def read(name: str) -> np.ndarray:
-            tensors = [one(slot) for slot in parts[name]]
-            return tensors[0] if len(tensors) == 1 else np.concatenate(tensors)
-
-        return infos, read
-
-
-def _leaf(tree: Mapping[str, Any], path: tuple[str, ...]) -> Any:
-    node: Any = tree
-    for key in path:
-        node = node[key]
-    return node
 
 
 def _problem(load: Load, info: TensorInfo) -> str | None:

@@ -3,31 +3,40 @@
 The K-quants follow ggml's reference functions (`quantize_row_q4_K_ref` and its kin): each search is done for a slab of
 blocks at once, element by element of the blocks, so that every float32 sum has llama.cpp's order of additions.
 Equality holds for builds whose compiler keeps products and sums apart, as x86-64 builds of ggml's base library do.
+
+Where `libgguf` is installed (the extra `kquants`), its compiled copies of those functions are called instead: the same
+bytes, on all cores at once, where the searches in NumPy, of many short steps, mostly wait for Python's lock.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quantize
 from jaxtyping import Float, UInt8
 
+from pallas_kernels.nf4 import on_all_cores
+
+try:
+    import libgguf
+except ImportError:
+    libgguf = None
+
 # Elements that a thread works on at a time: the search's dozen temporaries stay in the cache.
-_SLAB = 1 << 15
+_SLAB = 1 << 17
 _SUPER = 256
 # Below this, ggml takes a block for zero.
 _TINY = np.float32(1e-15)
-_PLAIN = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q5_0", "Q5_1")
+_DENSE = ("F32", "F16", "BF16")
+_PLAIN = (*_DENSE, "Q8_0", "Q4_0", "Q5_0", "Q5_1")
 
 
 def encode(rows: Float[np.ndarray, "N K"], kind: GGMLQuantizationType) -> UInt8[np.ndarray, "N bytes"]:
     """Encode a matrix row by row.
 
     Args:
-        rows: float32; K must be a multiple of the type's block (32, or 256 for K-quants).
+        rows: of any float dtype, encoded as float32; K must be a multiple of the type's block (32, 256 for K-quants).
         kind: F32, F16, BF16, Q8_0, Q4_0, Q5_0, Q5_1, Q4_K, Q5_K or Q6_K.
 
     Raises:
@@ -41,23 +50,23 @@ def encode(rows: Float[np.ndarray, "N K"], kind: GGMLQuantizationType) -> UInt8[
         raise ValueError(f"GGUF type {kind.name} cannot be written; choose one of {supported}")
     if columns % block_size:
         raise ValueError(f"rows of {columns} are no whole blocks of {block_size}, which {kind.name} needs")
-    if not np.isfinite(rows).all():
-        raise ValueError(f"NaN or infinity cannot be written as {kind.name}; repair the weight")
     encoded = np.empty((rows.shape[0], columns // block_size * block_bytes), np.uint8)
     step = max(_SLAB // columns, 1)
 
     def part(start: int) -> None:
-        some = rows[start : start + step].astype(np.float32, copy=False)
-        if kind in _SUPER_BLOCKS:
+        some = np.ascontiguousarray(rows[start : start + step], np.float32)
+        if not np.isfinite(some).all():
+            raise ValueError(f"NaN or infinity cannot be written as {kind.name}; repair the weight")
+        if libgguf is not None and kind.name not in _DENSE:
+            libgguf.quantize_rows_into_raw(kind, some, encoded[start : start + step], *some.shape)
+        elif kind in _SUPER_BLOCKS:
             encoded[start : start + step] = _super_blocks(some, _SUPER_BLOCKS[kind]).reshape(len(some), -1)
         else:
             # What overflows is reported below.
             with np.errstate(all="ignore"):
                 encoded[start : start + step] = quantize(some, kind).view(np.uint8).reshape(len(some), -1)
 
-    # NumPy lets other threads run during its loops.
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None) as pool:
-        list(pool.map(part, range(0, len(rows), step)))
+    on_all_cores(part, range(0, len(rows), step))
     _check_scales(encoded, kind)
     return encoded
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -17,9 +18,11 @@ from convert.gguf.config import Metadata, check_architecture, hf_config, kv_head
 from convert.gguf.header import RawTensor, parse_header
 from convert.gguf.names import FACTORS, hf_name
 from convert.gguf.tokenizer import build_tokenizer
-from convert.safetensors_io import TensorInfo
+from convert.safetensors_io import TensorInfo, give_back
+from pallas_kernels.nf4 import on_all_cores
 
-_ROWS_AT_ONCE = 512
+# Elements that a thread decodes at a time.
+_SLAB = 1 << 16
 _DENSE = {
     GGMLQuantizationType.F32: np.dtype(np.float32),
     GGMLQuantizationType.F16: np.dtype(np.float16),
@@ -52,9 +55,11 @@ class GgufFile:
             NotImplementedError: A mixture of experts or one part of a split file.
         """
         self.path = Path(path)
-        # mmap refuses an empty file with an error of its own.
-        self._data = np.memmap(self.path, np.uint8, "r") if self.path.stat().st_size else np.empty(0, np.uint8)
-        metadata, raw = parse_header(self._data.data, self.path)
+        with open(self.path, "rb") as handle:
+            if not handle.read(1):
+                raise ValueError(f"{self.path}: not a GGUF file: it is empty; pass a .gguf file")
+            self._mapped = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
+        metadata, raw = parse_header(memoryview(self._mapped), self.path)
         self.metadata = Metadata(metadata, self.path)
         check_architecture(self.metadata)
         architecture = self.metadata.architecture
@@ -89,6 +94,7 @@ class GgufFile:
             [out, in] (or [out]) in Hugging Face's order of rows: float16 and bfloat16 as stored, all else float32.
             Unquantised tensors may be read-only views of the file.
         """
+        give_back(self._mapped)
         heads = None
         if self.metadata.architecture == "llama" and ".q_proj." in name:
             heads = self.metadata.uniform("llama.attention.head_count")
@@ -109,19 +115,20 @@ class GgufFile:
         return np.dtype(np.float32) if self._is_shifted(name) else _DENSE.get(tensor.type, np.dtype(np.float32))
 
     def _decode(self, tensor: RawTensor, rotary_heads: int | None = None) -> np.ndarray:
-        rows = np.asarray(self._data[tensor.offset : tensor.offset + tensor.nbytes])
         dense = tensor.type in _DENSE
-        rows = rows.view(_DENSE[tensor.type]) if dense else rows
-        rows = rows.reshape(tensor.shape if dense else (*tensor.shape[:-1], tensor.row_bytes))
+        shape = tensor.shape if dense else (*tensor.shape[:-1], tensor.row_bytes)
+        rows = np.ndarray(shape, _DENSE.get(tensor.type, np.uint8), buffer=self._mapped, offset=tensor.offset)
         if rotary_heads is not None:
             rows = _unpermute(rows, rotary_heads)
         if dense:
             return rows
         decoded = np.empty(tensor.shape, np.float32)
-        # In parts, since dequantize holds what it returns twice.
-        for start in range(0, len(rows), _ROWS_AT_ONCE):
-            part = slice(start, start + _ROWS_AT_ONCE)
-            decoded[part] = dequantize(rows[part], tensor.type)
+        step = max(_SLAB // tensor.shape[-1], 1)
+
+        def decode(start: int) -> None:
+            decoded[start : start + step] = dequantize(rows[start : start + step], tensor.type)
+
+        on_all_cores(decode, range(0, len(rows), step))
         return decoded
 
 

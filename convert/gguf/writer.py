@@ -18,7 +18,7 @@ from convert.gguf.mixture import FILE_TYPES, tensor_types
 from convert.gguf.vocabulary import vocabulary
 from convert.safetensors_io import TensorInfo, atomic_file
 
-# Values of a large matrix are decoded, encoded and written in parts of this many elements.
+# A large matrix is encoded and written in parts of this many elements.
 _PART = 1 << 24
 
 
@@ -144,7 +144,7 @@ def _write_tensor(handle: Any, tensor: np.ndarray, kind: GGMLQuantizationType) -
     matrix = tensor.reshape(-1, tensor.shape[-1])
     step = max(_PART // matrix.shape[1], 1)
     for start in range(0, len(matrix), step):
-        handle.write(encode(matrix[start : start + step].astype(np.float32, copy=False), kind).data)
+        handle.write(encode(matrix[start : start + step], kind).data)
 
 
 def _layer(hf_name: str) -> tuple[int, int]:

@@ -72,8 +72,7 @@ def with_modules(
     for slot in tensors_of(hf_config):
         if slot.name not in modules:
             continue
-        values = modules[slot.name] if slot.transform is None else slot.transform.to_ours(modules[slot.name])
-        tensor = jax.device_put(np.array(values)).astype(dtype)
+        tensor = jax.device_put(np.array(modules[slot.name])).astype(dtype)
         if not jnp.isfinite(tensor).all():
             raise UserError(f"the adapter's {slot.name} holds NaN or numbers beyond {dtype.name}; set model.dtype")
         *parents, key = slot.path

@@ -18,6 +18,7 @@ from pallas_kernels._dispatch import choose
 from pallas_kernels.nf4 import triton, xla
 from pallas_kernels.nf4.reference import encode_blocks, encode_scales, nf4_dequantize_reference
 from pallas_kernels.nf4.tensor import NF4Tensor
+from pallas_kernels.nf4.threads import on_all_cores
 
 _DTYPES = ("bfloat16", "float16", "float32")
 _BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -123,11 +124,14 @@ def _quantize_on_host(flat: np.ndarray, double_quant: bool, block_size: int) -> 
     codes = np.empty((*stack, -(-count // 2)), np.uint8)
     absmax = np.empty((*stack, blocks), np.float32)
     for index in np.ndindex(*stack):
-        for part in _slabs(count, block_size):
+
+        def encode(part: slice, index: tuple[int, ...] = index) -> None:
             with np.errstate(invalid="ignore"):  # infinities are reported below
                 encoded = encode_blocks(flat[index][part], block_size)
             _put(codes[index], encoded[0], part.start // 2)
             _put(absmax[index], encoded[1], part.start // block_size)
+
+        on_all_cores(encode, _slabs(count, block_size))
     if not np.isfinite(absmax).all():
         raise ValueError("nf4.quantize: the weight holds NaN or infinity, which no scale can hold; repair the weight")
     if not double_quant:
@@ -153,8 +157,11 @@ def _dequantize_on_host(t: NF4Tensor, dtype: str) -> np.ndarray:
     weights = np.empty((*t.stack_shape, count), dtype)
     for index in np.ndindex(*t.stack_shape):
         one = jax.tree.map(lambda leaf, index=index: np.asarray(leaf[index]), t)
-        for part in _slabs(count, t.block_size * (t.nested_block_size if t.is_nested else 1)):
-            weights[index][part] = nf4_dequantize_reference(_cut(one, part), dtype)[0]
+
+        def decode(part: slice, one: NF4Tensor = one, flat: np.ndarray = weights[index]) -> None:
+            flat[part] = nf4_dequantize_reference(_cut(one, part), dtype)[0]
+
+        on_all_cores(decode, _slabs(count, t.block_size * (t.nested_block_size if t.is_nested else 1)))
     return weights.reshape(*t.stack_shape, *t.shape)
 
 

@@ -141,15 +141,12 @@ def test_config(checkpoint):
     folder, _, _ = checkpoint
     config = json.loads((folder / "nf4" / "config.json").read_text())
     assert bnb4bit.is_quantized(config)
-    assert bnb4bit.skip_modules(config) == ("lm_head", "o_proj")
-    written = bnb4bit.quantization_config(skip_modules=["lm_head", "o_proj"])
+    written = bnb4bit.quantization_config() | {"llm_int8_skip_modules": ["lm_head", "o_proj"]}
     assert written == config["quantization_config"]
     assert BitsAndBytesConfig.from_dict(written).to_dict() == config["quantization_config"]
 
     plain = json.loads((folder / "plain" / "config.json").read_text())
     assert not bnb4bit.is_quantized(plain)
-    assert bnb4bit.skip_modules(plain) == ()
-    assert bnb4bit.skip_modules({"quantization_config": bnb4bit.quantization_config()}) == ()
 
 
 @pytest.mark.parametrize(

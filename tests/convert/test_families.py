@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import pytest
 import torch
@@ -13,7 +13,8 @@ import transformers
 
 from convert import families
 from convert import safetensors_io as sio
-from convert.families.table import Family, Load, Rule, Slot, Transform
+from convert.families.table import Load, Slot
+from convert.merge import merged
 from convert.safetensors_io import TensorInfo
 
 F32 = np.dtype(np.float32)
@@ -76,7 +77,12 @@ def test_unknown_family_names_the_nearest() -> None:
 
 
 def save(directory: Path, tree: dict, config: dict, **options: Any) -> None:
-    infos, read = families.get("llama").hf_tensors(tree, config)
+    def leaf(slot: Slot) -> np.ndarray:
+        stack = functools.reduce(lambda node, key: node[key], slot.path, tree)
+        return stack if slot.layer is None else stack[slot.layer]
+
+    slots = families.get("llama").slots(config)
+    infos, read = merged(slots, leaf, {}, 1.0, leaf(slots[0]).dtype)
     sio.write_model(directory, infos, read, **options)
 
 
@@ -193,20 +199,3 @@ def test_a_4bit_group_is_one_tensor() -> None:
     available[f"{name}.quant_state.bitsandbytes__nf4"] = TensorInfo(np.dtype(np.uint8), (100,))
     with pytest.raises(ValueError, match=r"down_proj.weight is 481 bytes of 4-bit codes, expected 480 for \[24, 40\]"):
         family.plan(available, config)
-
-
-def test_transforms_are_undone_on_the_way_back() -> None:
-    plus_one = Transform(to_ours=lambda x: x + 1, to_hf=lambda x: x - 1)
-    rules = (Rule("m.{i}.norm", "layers/norm/scale", "D", transform=plus_one), Rule("head", "head/kernel", "V D"))
-    family = Family("toy", rules, lambda config: dict(config))
-    config = {"D": 3, "V": 2, "L": 2}
-    norms = np.arange(6, dtype=ml_dtypes.bfloat16).reshape(2, 3)
-    tree = {"layers": {"norm": {"scale": norms + 1}}, "head": {"kernel": np.ones((2, 3), np.float16)}}
-    infos, read = family.hf_tensors(tree, config)
-    assert infos == {
-        "m.0.norm": TensorInfo(np.dtype(ml_dtypes.bfloat16), (3,)),
-        "m.1.norm": TensorInfo(np.dtype(ml_dtypes.bfloat16), (3,)),
-        "head": TensorInfo(np.dtype(np.float16), (2, 3)),
-    }
-    np.testing.assert_array_equal(read("m.1.norm"), norms[1])
-    np.testing.assert_array_equal(read("head"), tree["head"]["kernel"])

@@ -29,7 +29,13 @@ PRECISION = {"F32": 0.0, "F16": 2**-11, "BF16": 2**-9, "Q8_0": 1 / 200, "Q4_0": 
 
 
 @pytest.mark.parametrize("kind", VECTORS["encodings"])
-def test_bytes_are_llama_cpps(kind: str) -> None:
+@pytest.mark.parametrize("compiled", [False, True])
+def test_bytes_are_llama_cpps(kind: str, compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With NumPy alone, and through the library that may be there."""
+    if compiled:
+        pytest.importorskip("libgguf", reason="the extra `kquants` is not installed")
+    else:
+        monkeypatch.setattr("convert.gguf.encode.libgguf", None)
     encoded = encode(block_cases.weights(), GGMLQuantizationType[kind])
     assert hashlib.sha256(encoded).hexdigest() == VECTORS["encodings"][kind]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ import transformers
 from convert import families
 from convert.__main__ import main
 from convert.checkpoint import open_checkpoint
+from convert.families.table import Slot
 from convert.gguf.writer import write_gguf
+from convert.merge import merged
 from convert.safetensors_io import open_model, write_model
 from jaxtune.models.config import DecoderConfig
 
@@ -39,7 +42,12 @@ def test_dense_weights(tmp_path: Path, name: str) -> None:
     family_cases.save(tmp_path / "hf", family_cases.PLAIN[name])
     ours = peers.load_ours(tmp_path / "hf")
     config = transformers.AutoConfig.from_pretrained(tmp_path / "hf").to_dict()
-    infos, read = families.get(config["model_type"]).hf_tensors(ours.frozen, config)
+
+    def leaf(slot: Slot) -> np.ndarray:
+        stack = functools.reduce(lambda node, key: node[key], slot.path, ours.frozen)
+        return np.asarray(stack if slot.layer is None else stack[slot.layer])
+
+    infos, read = merged(families.get(config["model_type"]).slots(config), leaf, {}, 1.0, np.dtype(np.float32))
     write_model(tmp_path / "tree", infos, read, max_shard_bytes=50_000)
     assert_same_files(tmp_path / "hf", tmp_path / "tree")
     assert main(["to-safetensors", str(tmp_path / "hf"), "--out", str(tmp_path / "copy")]) == 0
