@@ -73,34 +73,49 @@ def merged(
         parts.setdefault(slot.name, []).append(slot)
 
     def read(name: str) -> np.ndarray:
-        tensor = np.empty(parts[name][0].stored_shape, dtype)
+        tensor: np.ndarray | None = None
         for slot in parts[name]:
-            _add(tensor[slice(*(slot.rows or (None,)))], slot, np.asarray(base(slot)), lora, scaling)
+            values, factors = np.asarray(base(slot)), _factors(slot, lora)
+            if factors is None and values.dtype == dtype and slot.rows is None:
+                tensor = values
+            elif tensor is None:
+                tensor = np.empty(slot.stored_shape, dtype)
+            _add(tensor if slot.rows is None else tensor[slice(*slot.rows)], slot.name, values, factors, scaling)
+        assert tensor is not None, name
         return tensor
 
     return {name: TensorInfo(dtype, slots[0].stored_shape) for name, slots in parts.items()}, read
 
 
-def _add(tensor: np.ndarray, slot: Slot, base: np.ndarray, lora: Mapping[str, Any], scaling: float) -> None:
-    """Put one slot's base + scaling * B A into its place."""
+def _factors(slot: Slot, lora: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray] | None:
+    """A [R, in] and B [out, R] of one slot in float32; None where it is not adapted."""
     node = lora
     for key in slot.path[:-1]:
         node = node.get(key, {})
-    adapted = slot.is_linear and node
-    if adapted:
-        lora_a, lora_b = (np.asarray(node[part][slot.layer], np.float32) for part in ("lora_A", "lora_B"))
+    if not (slot.is_linear and node):
+        return None
+    lora_a, lora_b = (np.asarray(node[part][slot.layer], np.float32) for part in ("lora_A", "lora_B"))
+    return lora_a, lora_b
+
+
+def _add(
+    tensor: np.ndarray, name: str, base: np.ndarray, factors: tuple[np.ndarray, np.ndarray] | None, scaling: float
+) -> None:
+    """Put base + scaling * B A into `tensor`, which may be `base` itself; ValueError for values beyond its dtype."""
     step = max(_SLAB // base[:1].size, 1)
 
     def add(start: int) -> None:
         rows = slice(start, start + step)
-        values = base[rows]
-        if adapted:
-            values = values.astype(np.float32) + np.float32(scaling) * (lora_b[rows] @ lora_a)
-        with np.errstate(over="ignore"):
-            tensor[rows] = values
+        if tensor is not base:
+            values = base[rows]
+            if factors is not None:
+                lora_a, lora_b = factors
+                values = values.astype(np.float32) + np.float32(scaling) * (lora_b[rows] @ lora_a)
+            with np.errstate(over="ignore"):
+                tensor[rows] = values
         if not np.isfinite(tensor[rows].astype(np.float32, copy=False)).all():
             raise ValueError(
-                f"{slot.name}: values beyond {tensor.dtype.name}, or not finite; write the model as bf16 or fp32"
+                f"{name}: values beyond {tensor.dtype.name}, or not finite; write the model as bf16 or fp32"
             )
 
     on_all_cores(add, range(0, len(tensor), step))

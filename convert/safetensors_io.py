@@ -292,6 +292,8 @@ def _write_tensors(
             raise ValueError(f"{name}: announced as {info.dtype} {info.shape}, came as {tensor.dtype} {tensor.shape}")
         # As bytes, since bfloat16 offers no buffer of its own; only what is not contiguous is copied.
         handle.write(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data)
+        # Gone before the next one is made.
+        del tensor
 
 
 def write_model(
