@@ -106,13 +106,13 @@ def rows_of(
                 case, real = waiting.pop(0)
                 wave.append((_prepare(pool, case, extra, ceilings, headline), real))
             if ceilings is not None:
-                _wait([program for one, _ in wave for program in one.programs.values()], progress)
+                _wait({program for one, _ in wave for program in one.programs.values()}, progress)
             for one, real in wave:
                 yield from _rows_of_case(one, ceilings, real)
                 one.programs.clear()
 
 
-def _wait(programs: list[Future], progress: Callable[[str], None]) -> None:
+def _wait(programs: set[Future], progress: Callable[[str], None]) -> None:
     for done, _ in enumerate(as_completed(programs), start=1):
         if done % 20 == 0 or done == len(programs):
             progress(f"compiled {done} of {len(programs)} programs")

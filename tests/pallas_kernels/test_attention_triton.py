@@ -50,6 +50,8 @@ def results(f: object, q: jax.Array, k: jax.Array, v: jax.Array, dy: jax.Array) 
         (2, 60, (2, 2, 16), "any", 20, 1.5, "float32"),
         (1, 1, (1, 1, 16), "none", None, None, "float32"),
         (2, 50, (2, 1, 32), "rising", None, 0.5, "bfloat16"),
+        (2, 61, (6, 2, 16), "rising", 9, 2.0, "bfloat16"),
+        (2, 45, (3, 1, 16), "any", 33, 0.8, "float16"),
     ],
 )
 def test_values_and_gradients(
