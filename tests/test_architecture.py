@@ -25,8 +25,9 @@ MAY_IMPORT = {
     "pallas_kernels": "pallas_kernels jax jaxlib numpy jaxtyping",
     "convert": "convert pallas_kernels.nf4 numpy ml_dtypes safetensors gguf tokenizers transformers jinja2 orbax"
     " jaxtyping libgguf",
-    "jaxtune.config": "jaxtune.config_checks jaxtune.errors",
+    "jaxtune.config": "jaxtune.config_checks jaxtune.config_data jaxtune.errors",
     "jaxtune.config_checks": "jaxtune.errors",
+    "jaxtune.config_data": "jaxtune.config_checks jaxtune.errors",
     "jaxtune.config_io": "jaxtune.config jaxtune.config_checks jaxtune.errors yaml",
     "jaxtune.command": "jaxtune.config_io jaxtune.errors jaxtune.launch",
     "jaxtune.data": "jaxtune.data jaxtune.config jaxtune.errors numpy jaxtyping datasets transformers jinja2 grain",
