@@ -9,6 +9,7 @@ later would take its function's name. `python -m pallas_kernels.bench` checks an
 from pallas_kernels.adam8bit import Moments8bit, adam8bit, adam8bit_init
 from pallas_kernels.attention import attention, cached_attention
 from pallas_kernels.cross_entropy import linear_cross_entropy
+from pallas_kernels.fp8_matmul import fp8_matmul
 from pallas_kernels.glu import glu
 from pallas_kernels.glu_linear import glu_linear
 from pallas_kernels.lora_linear import Projection, grouped_lora_linear, lora_linear
@@ -29,6 +30,7 @@ __all__ = [
     "add_rms_norm",
     "attention",
     "cached_attention",
+    "fp8_matmul",
     "glu",
     "glu_linear",
     "grouped_lora_linear",

@@ -10,9 +10,12 @@ from jaxtyping import Float, Key
 from pallas_kernels._dispatch import choose
 from pallas_kernels.glu import glu
 from pallas_kernels.glu.triton import unsupported_reason
+from pallas_kernels.glu_linear.fp8 import glu_linear_fp8
 from pallas_kernels.glu_linear.triton import glu_linear_triton
 from pallas_kernels.lora_linear import few_rows, grouped_lora_linear
-from pallas_kernels.lora_linear.projection import Projection, check_group, extended_reason
+from pallas_kernels.lora_linear.projection import Projection, check_group, exact_reason, extended_reason, fp8_reason
+
+_BLOCKS = {"fp8": glu_linear_fp8, "triton": glu_linear_triton}
 
 
 def glu_linear(
@@ -33,7 +36,7 @@ def glu_linear(
         projection: the layer [N, F] behind.
         activation: as in `glu`. scaling, dropout_rate, dropout_key: as in `lora_linear`.
         name: `checkpoint_name` of the result.
-        implementation: "few_rows", "triton", "xla", or None to choose.
+        implementation: "fp8" (which a layer marked so takes), "few_rows", "triton", "xla", or None to choose.
 
     Returns:
         [..., N] in gate_up's dtype.
@@ -48,14 +51,15 @@ def glu_linear(
     group = (projection,)
     check_group("glu_linear", width // 2, group)
     candidates = {
+        "fp8": lambda: fp8_reason(group),
         "few_rows": lambda: few_rows.unsupported_reason(gate_up[..., : width // 2], group),
         "triton": lambda: unsupported_reason(gate_up) or extended_reason(group),
-        "xla": lambda: None,
+        "xla": lambda: exact_reason(group),
     }
     chosen = choose("glu_linear", implementation, candidates)
-    if chosen == "triton":
+    if chosen in _BLOCKS:
         rows = gate_up.reshape(-1, width)
-        y = glu_linear_triton(rows, projection, dropout_key, activation, scaling, dropout_rate, name)
+        y = _BLOCKS[chosen](rows, projection, dropout_key, activation, scaling, dropout_rate, name)
         return y.reshape(*gate_up.shape[:-1], -1)
     gate, up = jnp.split(gate_up, 2, axis=-1)
     y = grouped_lora_linear(

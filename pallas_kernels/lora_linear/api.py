@@ -7,12 +7,21 @@ from jaxtyping import Float, Key
 
 from pallas_kernels._dispatch import choose
 from pallas_kernels.lora_linear import few_rows
-from pallas_kernels.lora_linear.projection import Group, Projection, check_group, extended_reason
+from pallas_kernels.lora_linear.fp8 import lora_linear_fp8
+from pallas_kernels.lora_linear.projection import (
+    Group,
+    Projection,
+    check_group,
+    exact_reason,
+    extended_reason,
+    fp8_reason,
+)
 from pallas_kernels.lora_linear.triton import lora_linear_triton
 from pallas_kernels.lora_linear.xla import lora_linear_xla
 from pallas_kernels.nf4 import NF4Tensor
 
 _IMPLEMENTATIONS = {
+    "fp8": lora_linear_fp8,
     "few_rows": few_rows.lora_linear_few_rows,
     "triton": lora_linear_triton,
     "xla": lora_linear_xla,
@@ -72,7 +81,8 @@ def grouped_lora_linear(
 
     Args:
         x: [..., K].
-        group: the layers; each may or may not have an adapter, and each has dropout of its own.
+        group: the layers; each may or may not have an adapter, and each has dropout of its own. Where any is marked
+            `fp8`, the implementation "fp8" is the one that serves the group, and takes it.
 
     Returns:
         [..., sum of N] in x's dtype: the layers' results beside each other, in the group's order.
@@ -82,9 +92,10 @@ def grouped_lora_linear(
     """
     check_group("lora_linear", x.shape[-1], group)
     candidates = {
+        "fp8": lambda: fp8_reason(group),
         "few_rows": lambda: few_rows.unsupported_reason(x, group),
         "triton": lambda: extended_reason(group),
-        "xla": lambda: None,
+        "xla": lambda: exact_reason(group),
     }
     chosen = choose("lora_linear", implementation, candidates)
     rows = x.reshape(-1, x.shape[-1])

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels.lora_linear.projection import Group, dot, low_rank, stacked_a, tail_width, with_bias
+from pallas_kernels.lora_linear.projection import Group, dot, exact_reason, low_rank, stacked_a, tail_width, with_bias
 from pallas_kernels.lora_linear.xla import lora_linear_xla_backward
 from pallas_kernels.nf4 import NF4Layer, NF4Tensor
 from pallas_kernels.nf4_matmul.triton import FUSED_ROWS, can_fuse, fused_product
@@ -25,6 +25,8 @@ from pallas_kernels.nf4_matmul.triton import unsupported_reason as product_reaso
 def unsupported_reason(x: Array, group: Group) -> str | None:
     """Why these layers cannot take x [..., K] here, or None."""
     rows: Any = jax.ShapeDtypeStruct((x.size // x.shape[-1] if x.shape[-1] else 0, x.shape[-1]), x.dtype)
+    if (reason := exact_reason(group)) is not None:
+        return reason
     for p in group:
         if not isinstance(p.weight, NF4Tensor | NF4Layer):
             return "a dense weight has nothing to decode"

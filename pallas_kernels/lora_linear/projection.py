@@ -1,7 +1,7 @@
 """Linear layers that share their input, as one product with their adapters: the arithmetic of lora_linear, norm_linear
 and glu_linear, with no gradient rules of its own.
 
-Two forms. *Separate* (any device): the weights are decoded into one matrix, the adapters' products are rounded and
+Three forms. *Separate* (any device): the weights are decoded into one matrix, the adapters' products are rounded and
 added to the base's, as PEFT does. *Extended* (Triton's GPUs): the adapter is appended along the contraction, so that
 one product `[x, s x A^T] [W, B]^T` sums both in float32 and the addition costs no pass over the output.
 """
@@ -32,13 +32,15 @@ class Projection:
     """One frozen linear layer and its adapter.
 
     weight: [N, K], dense or NF4 (an NF4Tensor, or an NF4Layer of a stack). bias: [N] or None.
-    lora_a: [R, K] and lora_b: [N, R] in any floating dtype, or None.
+    lora_a: [R, K] and lora_b: [N, R] in any floating dtype, or None. fp8: round the base's product to 8 bits, forward
+    and backward (see `fp8_matmul`); the adapter's stay in x's dtype.
     """
 
     weight: Any
     bias: Any = None
     lora_a: Any = None
     lora_b: Any = None
+    fp8: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @property
     def rank(self) -> int:
@@ -47,9 +49,9 @@ class Projection:
 
     def gradient(self, lora_a: Any, lora_b: Any) -> Projection:
         """Cotangents of self: of the adapter only, each in its parameter's dtype."""
-        if self.lora_a is None:
-            return Projection(None)
-        return Projection(None, None, lora_a.astype(self.lora_a.dtype), lora_b.astype(self.lora_b.dtype))
+        if self.lora_a is None or lora_a is None:
+            return Projection(None, fp8=self.fp8)
+        return Projection(None, None, lora_a.astype(self.lora_a.dtype), lora_b.astype(self.lora_b.dtype), self.fp8)
 
 
 Group = Sequence[Projection]
@@ -78,6 +80,8 @@ def check_group(op: str, width: int, group: Group) -> None:
 
 def extended_reason(group: Group) -> str | None:
     """Why the extended form cannot serve this group here, or None."""
+    if (reason := exact_reason(group)) is not None:
+        return reason
     if all(p.rank == 0 for p in group):
         return "there is no adapter to append"
     for p in group:
@@ -86,6 +90,16 @@ def extended_reason(group: Group) -> str | None:
         if reason is not None:
             return reason
     return None
+
+
+def fp8_reason(group: Group) -> str | None:
+    """Why the 8-bit form is not what this group asks for, or None."""
+    return None if any(p.fp8 for p in group) else "no layer is marked fp8"
+
+
+def exact_reason(group: Group) -> str | None:
+    """Why forms that round no product to 8 bits are not what this group asks for, or None."""
+    return "a layer is marked fp8" if any(p.fp8 for p in group) else None
 
 
 def tail_width(group: Group, *, extended: bool) -> int:
@@ -113,7 +127,7 @@ def block_b(group: Group, tail: int, dtype: Any) -> Array:
 
 def decoded(group: Group, x: Array) -> tuple[Array, Array]:
     """All weights as one [sum of N, K] in x's dtype, and x."""
-    weights, x = _tied(group, x)
+    weights, x = tied(group, x)
     alone = [w.picked() if isinstance(w, NF4Layer) else w for w in weights]
     matrices = [
         jnp.asarray(dequantize(w, x.dtype, "xla")) if isinstance(w, NF4Tensor) else w.astype(x.dtype) for w in alone
@@ -123,7 +137,7 @@ def decoded(group: Group, x: Array) -> tuple[Array, Array]:
 
 def extended_columns(group: Group, tail: int, x: Array) -> tuple[Array, Array]:
     """[W, B]: [sum of N, K + tail] in x's dtype, and x. One array, which decoding and lora_b are written into."""
-    weights, x = _tied(group, x)
+    weights, x = tied(group, x)
     rows, width = sum(w.shape[0] for w in weights), weights[0].shape[1]
     scratch: Any = None
     row = 0
@@ -135,19 +149,19 @@ def extended_columns(group: Group, tail: int, x: Array) -> tuple[Array, Array]:
 
 def extended_rows(projection: Projection, a: Array, x: Array) -> tuple[Array, Array]:
     """[W; a]: [N + tail, K] in x's dtype, and x."""
-    (w,), x = _tied([projection], x)
+    (w,), x = tied([projection], x)
     n, k = w.shape
     scratch = decode_into(None, w, x.dtype, rows=n + a.shape[0], columns=k)
     return lax.dynamic_update_slice(scratch, a, (n, 0)), x
 
 
-def _tied(group: Group, x: Array) -> tuple[list[Any], Array]:
+def tied(group: Group, x: Array) -> tuple[list[Any], Array]:
+    """The weights, and x, none of which can be used before the others are there."""
     # Without the tie to x XLA may decode the weights of every layer before the first one runs. Of a weight in its stack
     # the index alone is tied: the stack itself might be copied.
     weights = [p.weight for p in group]
     ties, x = lax.optimization_barrier(([w.index if isinstance(w, NF4Layer) else w for w in weights], x))
-    tied = [NF4Layer(w.stack, tie) if isinstance(w, NF4Layer) else tie for w, tie in zip(weights, ties, strict=True)]
-    return tied, x
+    return [NF4Layer(w.stack, t) if isinstance(w, NF4Layer) else t for w, t in zip(weights, ties, strict=True)], x
 
 
 def dot(x: Array, w: Array, w_axis: int) -> Array:
@@ -226,7 +240,7 @@ def split_gradients(group: Group, d_a: Array | None, d_b: Array | None) -> tuple
     for p in group:
         n, r = p.weight.shape[0], p.rank
         if r == 0 or d_a is None or d_b is None:
-            gradients.append(p.gradient(None, None) if r == 0 else Projection(None))
+            gradients.append(p.gradient(None, None))
         else:
             gradients.append(p.gradient(d_a[column : column + r], d_b[row : row + n, column : column + r]))
         row, column = row + n, column + r

@@ -8,10 +8,13 @@ from jaxtyping import Float, Key
 
 from pallas_kernels._dispatch import choose
 from pallas_kernels.lora_linear import few_rows, grouped_lora_linear
-from pallas_kernels.lora_linear.projection import Group, check_group, extended_reason
+from pallas_kernels.lora_linear.projection import Group, check_group, exact_reason, extended_reason, fp8_reason
+from pallas_kernels.norm_linear.fp8 import norm_linear_fp8
 from pallas_kernels.norm_linear.triton import norm_linear_triton
 from pallas_kernels.rms_norm import rms_norm
 from pallas_kernels.rms_norm.triton import unsupported_reason
+
+_BLOCKS = {"fp8": norm_linear_fp8, "triton": norm_linear_triton}
 
 
 def norm_linear(
@@ -36,7 +39,7 @@ def norm_linear(
         group: layers that share the normalised rows (q, k, v; or gate and up).
         scaling, dropout_rate, dropout_key: as in `lora_linear`.
         name: `checkpoint_name` of the result, for rematerialisation policies; the sum is named name_input.
-        implementation: "few_rows", "triton", "xla", or None to choose.
+        implementation: "fp8" (which layers marked so take), "few_rows", "triton", "xla", or None to choose.
 
     Returns:
         [..., sum of N], the layers' results beside each other; and x + residual.
@@ -51,14 +54,15 @@ def norm_linear(
         shapes = f"x {x.shape}, scale {scale.shape}, residual {None if residual is None else residual.shape}"
         raise ValueError(f"norm_linear: {shapes}; scale must be [{d}] and the residual like x")
     candidates = {
+        "fp8": lambda: fp8_reason(group),
         "few_rows": lambda: few_rows.unsupported_reason(x, group),
         "triton": lambda: unsupported_reason(x, scale) or extended_reason(group),
-        "xla": lambda: None,
+        "xla": lambda: exact_reason(group),
     }
     chosen = choose("norm_linear", implementation, candidates)
-    if chosen == "triton":
+    if chosen in _BLOCKS:
         rows, added = x.reshape(-1, d), None if residual is None else residual.reshape(-1, d)
-        y, total = norm_linear_triton(
+        y, total = _BLOCKS[chosen](
             rows, added, scale, tuple(group), dropout_key, eps, unit_offset, scaling, dropout_rate, name
         )
         return y.reshape(*x.shape[:-1], -1), total.reshape(x.shape)

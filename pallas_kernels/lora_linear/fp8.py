@@ -1,0 +1,108 @@
+"""Adapted linear layers whose base products are in 8-bit floating point (e4m3), forward and backward.
+
+Why it exists: on Hopper and newer an 8-bit product takes half of a bf16 one's time, and the base is most of a layer's
+work; a base of 4 bits has an error of its own beside which e4m3's is small. Numerics: the base's products as
+`fp8_matmul` has them, rounded to x's dtype; the adapters' products stay in x's dtype, as in the separate form (see
+projection.py), and are added to them. Saved for the backward pass: x and its low-rank product, neither of them in 8
+bits. Members of a group that are not marked `fp8` are computed in x's dtype.
+"""
+
+from __future__ import annotations
+
+import itertools
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from pallas_kernels.fp8_matmul import fp8_product, fp8_product_transposed
+from pallas_kernels.lora_linear.projection import (
+    Group,
+    block_b,
+    dot,
+    low_rank,
+    low_rank_backward,
+    outer_transposed,
+    split_gradients,
+    stacked_a,
+    tail_width,
+    tied,
+    with_bias,
+)
+from pallas_kernels.nf4 import NF4Layer, NF4Tensor, dequantize
+
+
+def base_product(x: Array, group: Group) -> Array:
+    """[M, K] -> [M, sum of N]: the frozen layers beside each other, without bias."""
+    weights, x = tied(group, x)
+    parts = [fp8_product(x, run) if fp8 else dot(x, _matrix(run, x.dtype), 1) for fp8, run in _runs(group, weights)]
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
+
+
+def base_product_transposed(dy: Array, group: Group) -> Array:
+    """[M, sum of N] -> [M, K]: the gradient of `base_product`."""
+    weights, dy = tied(group, dy)
+    total, column = None, 0
+    for fp8, run in _runs(group, weights):
+        width = sum(w.shape[0] for w in run)
+        part = dy[:, column : column + width]
+        dx = fp8_product_transposed(part, run) if fp8 else dot(part, _matrix(run, dy.dtype), 0)
+        total, column = dx if total is None else total + dx, column + width
+    assert total is not None
+    return total
+
+
+def forward(
+    x: Array, group: Group, dropout_key: Any, scaling: float, dropout_rate: float
+) -> tuple[Array, Array | None]:
+    """The layers on x: [M, sum of N]; and the low-rank product, None without adapters."""
+    y, t = with_bias(base_product(x, group), group), None
+    if tail := tail_width(group, extended=False):
+        t = low_rank(x, stacked_a(group, tail, scaling, x.dtype), group, dropout_key, dropout_rate)
+        y = y + dot(t, block_b(group, tail, x.dtype), 1)
+    return y, t
+
+
+def low_rank_gradient(dy: Array, group: Group) -> Array:
+    """dY B [M, tail]."""
+    return dot(dy, block_b(group, tail_width(group, extended=False), dy.dtype), 0)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def lora_linear_fp8(x: Array, group: Group, dropout_key: Any, scaling: float, dropout_rate: float) -> Array:
+    """[M, K] -> [M, sum of N]; see `pallas_kernels.lora_linear.api`."""
+    return forward(x, group, dropout_key, scaling, dropout_rate)[0]
+
+
+def _fwd(
+    x: Array, group: Group, dropout_key: Any, scaling: float, dropout_rate: float
+) -> tuple[Array, tuple[Any, ...]]:
+    y, t = forward(x, group, dropout_key, scaling, dropout_rate)
+    return y, (x if t is not None else None, t, group, dropout_key)
+
+
+def _bwd(scaling: float, dropout_rate: float, residuals: tuple[Any, ...], dy: Array) -> tuple[Any, ...]:
+    x, t, group, dropout_key = residuals
+    dx = base_product_transposed(dy, group)
+    if t is None:
+        return dx, split_gradients(group, None, None), None
+    a, dt = stacked_a(group, t.shape[1], scaling, dy.dtype), low_rank_gradient(dy, group)
+    through_adapter, d_a = low_rank_backward(dt, x, a, group, dropout_key, dropout_rate)
+    return dx + through_adapter, split_gradients(group, scaling * d_a, outer_transposed(t, dy)), None
+
+
+lora_linear_fp8.defvjp(_fwd, _bwd)
+
+
+def _runs(group: Group, weights: list[Any]) -> list[tuple[bool, list[Any]]]:
+    """Neighbours that are computed alike."""
+    alike = itertools.groupby(zip(group, weights, strict=True), key=lambda pair: pair[0].fp8)
+    return [(fp8, [w for _, w in run]) for fp8, run in alike]
+
+
+def _matrix(weights: list[Any], dtype: Any) -> Array:
+    alone = [w.picked() if isinstance(w, NF4Layer) else w for w in weights]
+    matrices = [jnp.asarray(dequantize(w, dtype)) if isinstance(w, NF4Tensor) else w.astype(dtype) for w in alone]
+    return matrices[0] if len(matrices) == 1 else jnp.concatenate(matrices)
