@@ -58,6 +58,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--variant", action="append", default=[], metavar="FILE.py:FUNCTION", help="of OP's signature")
     parser.add_argument("--sweep", action="store_true", help="try each combination of the variant file's TUNING")
     parser.add_argument("--forward", action="store_true", help="values only, for a variant without a gradient")
+    parser.add_argument(
+        "--small", action="store_true", help="check on reduced shapes only, also on a GPU: for compute-sanitizer"
+    )
     parser.add_argument("--json", type=Path, help="write the rows; rows of other systems in the file are kept")
     parser.add_argument("--plot", type=Path, help="write a chart (needs matplotlib)")
     args = parser.parse_args(arguments)
@@ -77,11 +80,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not real:
         names = sorted({case.name for op in ops for case in CASES[op](False)})
         parser.error(f"no case begins with {args.shapes}; there are {', '.join(names)}")
-    cases = real if on_gpu else [case for op in ops for case in chosen(CASES[op](True), args.shapes)]
+    timing_here = on_gpu and not args.small
+    cases = real if timing_here else [case for op in ops for case in chosen(CASES[op](True), args.shapes)]
     if variants:
         # A backward pass alone is another function than the op.
         real, cases = ([case for case in some if BACKWARD not in case.timed] for some in (real, cases))
-    ceilings = timing.ceilings() if on_gpu else None
+    ceilings = timing.ceilings() if timing_here else None
     if ceilings is not None:
         print(f"ceilings: {ceilings[0] / 1e12:.2f} TB/s, {ceilings[1] / 1e12:.0f} TFLOP/s in bfloat16", flush=True)
     print(report.title(), flush=True)
@@ -101,7 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if args.json is not None:
             # After each row: a run that is ended early keeps what it has measured.
             report.write_json(args.json, measured, ceilings)
-    if args.sweep and on_gpu:
+    if args.sweep and timing_here:
         _print_winners(measured, variants)
     if args.plot is not None:
         report.plot(args.plot, measured)

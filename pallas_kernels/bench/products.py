@@ -49,7 +49,7 @@ def _models(small: bool) -> Iterator[tuple[str, ModelShape]]:
 def nf4_matmul_cases(small: bool) -> Iterator[Case]:
     """One decoded token to a batch of training."""
     for name, (n, k) in MATMUL_SPECS.items():
-        rows, columns = (min(n, 192), min(k, 256)) if small else (n, k)
+        rows, columns = (min(n, 256), min(k, 256)) if small else (n, k)
         for real_m in ROWS:
             m = min(real_m, 40) if small else real_m
 

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels._device import lower_for_cuda
+from pallas_kernels._device import compute_capability, lower_for_cuda
 from pallas_kernels._dispatch import record_choices
 from pallas_kernels._triton import interpreted
 from pallas_kernels.bench import timing
@@ -23,6 +23,7 @@ from pallas_kernels.bench.check import bounds, relative_errors, verdict
 SYSTEM = "pallas_kernels"
 DEFINITION = "xla"
 LOWERED = "right in the interpreter, lowers to CUDA"
+RIGHT = "right on this GPU; not timed"
 # Compiled together: compiling searches for the fastest products on the device, and must not run beside what is timed.
 _WAVE_PROGRAMS = 120
 # Products through cuBLAS, as in jaxtune's step: searching Triton's tilings as well takes minutes for all cases.
@@ -89,8 +90,8 @@ def rows_of(
     Args:
         cases: what is checked, and on a GPU timed.
         extra: functions of the op's signature, beside the op's own implementations.
-        ceilings: of the GPU at hand, as `timing.ceilings` gives them; with None kernels run in the interpreter and
-            nothing is timed.
+        ceilings: of the GPU at hand, as `timing.ceilings` gives them; with None nothing is timed, and without a GPU
+            kernels run in the interpreter.
         real_cases: the cases in their real shapes, in the same order: without a GPU they are lowered for one.
         with_gradient: off for functions that have none.
         headline: time the implementation that the op chooses, and the definition through XLA, alone.
@@ -151,7 +152,7 @@ def _prepare(
         candidates = {name: f for name, f in candidates.items() if name in (automatic, DEFINITION)}
     candidates |= extra
     for name, f in candidates.items():
-        with interpreted() if ceilings is None else contextlib.nullcontext():
+        with interpreted() if compute_capability() is None else contextlib.nullcontext():
             called = _call(case, f)
             checking = with_gradients(called, case.wrt)
             checked_as_timed = _work_of_check(case) in case.timed
@@ -208,14 +209,16 @@ def _rows_of_case(one: _Prepared, ceilings: tuple[float, float] | None, real: Ca
             note = str(refusal)
         except Exception as failure:  # noqa: BLE001 - a variant may raise anything, and one row says what
             note, wrong = _reason(failure), True
-        lowered = _lowered(real, f) if ceilings is None and note is None else None
+        lowered = None
+        if ceilings is None and note is None:
+            lowered = _lowered(real, f) if compute_capability() is None else RIGHT
         for work in case.timed:
             row = Row(case.op, case.name, case.m, work, name, max_rel_err=error, note=note, wrong=wrong)
             row.automatic = name == one.automatic
             if note is None and ceilings is not None:
                 _time(row, one, name, work, ceilings, make)
             elif lowered is not None:
-                row.note, row.wrong = lowered, not lowered.startswith(LOWERED)
+                row.note, row.wrong = lowered, not lowered.startswith((LOWERED, RIGHT))
             yield row
 
 
