@@ -6,12 +6,17 @@
 Random text is learnt from random weights, which are made on the device: the model's directory has their headers only,
 in sparse files. After the run its checkpoints are verified, it is continued for ten steps more, and the adapter that it
 wrote is read back and compared, bit by bit. Exit status 1 where something is not as it should be.
+
+The host's memory is judged in two ways, apart from each other: what the steps between two checkpoints add, summed up,
+and what each checkpoint after the first leaves behind. The first one may keep as much as it has written: transfers from
+a device go through buffers that its runtime keeps for the next time.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -44,8 +49,9 @@ from jaxtune.run_directory import RunDirectory  # noqa: E402
 from jaxtune.structure import frozen_structure  # noqa: E402
 from jaxtune.train import Outcome, fit  # noqa: E402
 
-# Steps that may still compile and allocate; growth of the host's memory that is noise, over the rest of the run.
-WARM_UP, NOISE = 20, 48 * 2**20
+# Steps that may still compile and allocate; growth of the host's memory that is noise, over the rest of the run;
+# checkpoints of a run.
+WARM_UP, NOISE, SAVES = 20, 48 * 2**20, 6
 CONTINUED = 10
 
 
@@ -101,11 +107,11 @@ def make_config(directory: Path, shape: str, steps: int, batch: int, length: int
     write_texts(directory / "train.jsonl", 1, count=256, length=length + 50)
     write_texts(directory / "eval.jsonl", 2, count=2 * batch, length=length + 50)
     data = {"train": str(directory / "train.jsonl"), "eval": str(directory / "eval.jsonl")}
-    large = shape != "tiny"
+    large, every = shape != "tiny", max(1, steps // SAVES)
     return RunConfig(
         ModelConfig(str(directory / "model"), dtype="bf16" if large else "fp32"),
         DataConfig(**data, form="text", train_on="all", max_length=length, packing=False, overlong="truncate"),
-        OutputConfig(str(directory / "run"), save_steps=max(1, steps // 2), compile_cache=str(directory / "compiled")),
+        OutputConfig(str(directory / "run"), save_steps=every, compile_cache=str(directory / "compiled")),
         LoraConfig(r=64 if large else 8, lora_alpha=128 if large else 16),
         TrainConfig(
             batch_size=batch,
@@ -129,29 +135,53 @@ def soak(config: RunConfig, watch: Watch, *, resume: bool) -> Outcome:
         return fit(config, base, *sets, directory=directory, progress=watch)
 
 
-def judge(seen: list[Seen], steps: int, records: list[dict[str, Any]]) -> list[str]:
-    """What is wrong with a run; prints its figures."""
+def judge(seen: list[Seen], config: RunConfig, written: int) -> list[str]:
+    """What is wrong with a run; prints its figures. written: bytes of a checkpoint."""
+    steps, run = config.train.max_steps, Path(config.output.dir)
+    assert steps is not None
     after = [row for row in seen if row.step > min(WARM_UP, steps // 2)]
     # The last step also measures the held-out loss.
-    devices = {row.device for row in after[:-1]}
-    tenth = max(1, len(after) // 10)
-    grown = statistics.median(r.host for r in after[-tenth:]) - statistics.median(r.host for r in after[:tenth])
+    devices = sorted({row.device or 0 for row in after[:-1]})
     compiled = after[-1].compiled - after[0].compiled
     losses = [row.loss for row in seen]
+    tenth = max(1, steps // 10)
     first, last = (statistics.fmean(part) for part in (losses[:tenth], losses[-tenth:]))
-    known = [(next(iter(devices)) or 0) / 2**30] if len(devices) == 1 else sorted(d or 0 for d in devices)
+    in_steps, by_save = host_growth(after, config.output.save_steps or steps)
+    once, later = sum(by_save[:1]), sum(by_save[1:])
+    held_out = [r["eval_loss"] for r in read_metrics(run / "metrics.jsonl") if "eval_loss" in r]
     print(f"steps {len(seen)}, compiled after step {after[0].step}: {compiled}")
-    print(f"host memory {after[-1].host / 2**20:,.0f} MiB, grown by {grown / 2**20:.1f} MiB")
-    print("device memory " + ("not counted" if devices == {None} else f"{known}, different values: {len(devices)}"))
-    print(f"loss {first:.4f} -> {last:.4f}, held-out {[r['eval_loss'] for r in records if 'eval_loss' in r]}")
+    print(
+        f"host memory {after[-1].host / 2**20:,.0f} MiB at the last step: steps added {in_steps / 2**20:.1f} MiB, the "
+        f"first checkpoint of {written / 2**20:,.1f} MiB {once / 2**20:.1f} MiB, the {len(by_save[1:])} after it "
+        f"{later / 2**20:.1f} MiB; at the end of the run {host_rss() / 2**20:,.0f} MiB"
+    )
+    known = " to ".join(f"{size / 2**30:.6f} GiB" for size in (devices[:1] + devices[1:][-1:]) if size)
+    print(f"device memory {known or 'not counted'}, different values after step {after[0].step}: {len(devices)}")
+    print(f"loss {first:.4f} -> {last:.4f}, held-out {held_out}")
     problems = [
         (compiled == 0, f"{compiled} programs were compiled in the loop"),
-        (grown <= NOISE, f"host memory grew by {grown:,.0f} bytes"),
+        (in_steps <= NOISE, f"host memory grew by {in_steps:,.0f} bytes in steps"),
+        (later <= NOISE, f"host memory grew by {later:,.0f} bytes at checkpoints after the first"),
+        (once <= NOISE + written, f"host memory grew by {once:,.0f} bytes at the first checkpoint"),
         (len(devices) == 1, f"device memory has {len(devices)} different values"),
         ([row.step for row in seen] == list(range(1, steps + 1)), "steps are missing"),
         (bool(np.isfinite(losses).all()) and last < first, f"the loss went from {first} to {last}"),
     ]
     return [text for ok, text in problems if not ok]
+
+
+def host_growth(seen: list[Seen], save_steps: int) -> tuple[float, list[float]]:
+    """Bytes that the host's memory grew by: in the steps between checkpoints, summed up, and at each checkpoint.
+
+    Both from medians over the first and the last quarter of the steps between two checkpoints.
+    """
+    between = [list(rows) for _, rows in itertools.groupby(seen, lambda row: (row.step - 1) // save_steps)]
+    edges = []
+    for rows in between:
+        quarter = -(-len(rows) // 4)
+        edges.append([statistics.median(row.host for row in part) for part in (rows[:quarter], rows[-quarter:])])
+    grown = [after[0] - before[1] for before, after in itertools.pairwise(edges)]
+    return sum(end - start for start, end in edges), grown
 
 
 def main() -> int:
@@ -170,7 +200,9 @@ def main() -> int:
         run, watch, started = Path(config.output.dir), Watch(config.train.logging_steps), time.perf_counter()
         soak(config, watch, resume=False)
         print(f"{options.steps} steps and all around them: {time.perf_counter() - started:.0f} s")
-        problems = judge(watch.seen, options.steps, read_metrics(run / "metrics.jsonl"))
+        checkpoint = run / "checkpoints" / str(options.steps)
+        written = sum(path.stat().st_size for path in checkpoint.rglob("*") if path.is_file())
+        problems = judge(watch.seen, config, written)
 
         # `fit` continues it, verifying the checkpoint as it reads it.
         longer = dataclasses.replace(
