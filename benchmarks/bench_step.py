@@ -68,12 +68,16 @@ class Case:
     embedding_on_host: bool = False
     packed: bool = False
     accumulation: int = 1
+    compute: str = "dtype"
     steps: int = 12
 
 
 _LEAN: dict[str, Any] = {"optim": "paged_adamw_8bit", "embedding_on_host": True}
 CASES = {
     "fast": Case("none"),
+    "fast_fp8": Case("none", compute="fp8"),
+    "selective_fp8": Case("selective", compute="fp8"),
+    "balanced_fp8": Case("offload", compute="fp8"),
     "selective": Case("auto", limit="37GiB"),
     "middle": Case("selective"),
     "full": Case("full"),
@@ -88,6 +92,7 @@ CASES = {
     "llama13b_24": Case("auto", 1, 1024, model="llama-2-13b", limit="24GiB"),
     "llama13b_12": Case("auto", 1, 1024, model="llama-2-13b", limit="12GiB"),
     "tiny": Case("auto", 2, 64, model="tiny", rank=8, steps=5),
+    "tiny_fp8": Case("auto", 2, 64, model="tiny", rank=8, compute="fp8", steps=5),
 }
 
 
@@ -95,6 +100,7 @@ def run_config(case: Case) -> RunConfig:
     """The run whose step a case is; its model and data are made up."""
     remat: Any = case.remat
     optim: Any = case.optim
+    compute: Any = case.compute
     return RunConfig(
         ModelConfig("random weights", embedding_on_host=case.embedding_on_host),
         DataConfig("random tokens", max_length=case.length, packing=case.packed),
@@ -108,6 +114,7 @@ def run_config(case: Case) -> RunConfig:
             max_grad_norm=None,
             optim=optim,
             remat=remat,
+            compute=compute,
         ),
     )
 
@@ -170,8 +177,8 @@ def measure(name: str, profile: Path | None) -> dict[str, Any]:
     return {
         "case": name,
         "system": "jaxtune",
-        "compute": plan.dtype,
         **dataclasses.asdict(case),
+        "compute": "fp8" if case.compute == "fp8" else plan.dtype,
         "policy": policy,
         "tokens_per_s": round(plan.tokens_per_step / median * 1e3),
         "ms_per_step": round(median, 1),
@@ -242,7 +249,9 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description="Measure the train step alone, with random weights.")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--cases", nargs="+", choices=sorted(CASES), default=[name for name in CASES if name != "tiny"])
+    parser.add_argument(
+        "--cases", nargs="+", choices=sorted(CASES), default=[name for name in CASES if not name.startswith("tiny")]
+    )
     parser.add_argument("--timeout", type=float, default=300.0, help="seconds for one case")
     parser.add_argument("--profile", type=Path, help="device time of one more step by kind of kernel; with one case")
     parser.add_argument("--alone", action="store_true", help="in this process, printed and not written")

@@ -115,6 +115,10 @@ class TrainConfig:
     remat: what the backward pass recomputes, from fast to lean: none, selective (the products of gate and up), full
         (all of a layer), offload (full, layer inputs in host memory), lean (offload, MLPs in chunks of tokens); or
         auto, the fastest that fits memory_limit or the device.
+    compute: what the frozen linears' products are rounded to in training: dtype (model.dtype), or fp8, e4m3 with a
+        scale a row, forward and backward, for GPUs of compute capability 8.9 and newer (docs/fp8.md).
+    fp8_exclude: linears that fp8 leaves in model.dtype, such as [down_proj]. fp8_exclude_layers: layers whose linears
+        it leaves so, by index; negative ones from the end.
     loss_chunk: tokens per chunk of the head and loss; None chooses from the vocabulary.
     logging_steps: updates between printed lines, where there is no terminal; metrics.jsonl has every update.
     eval_steps: updates between held-out losses (also measured before and after); None for those two only.
@@ -142,6 +146,9 @@ class TrainConfig:
     adam_epsilon: float = 1e-8
     max_grad_norm: float | None = 1.0
     remat: Literal["auto", "none", "selective", "full", "offload", "lean"] = "auto"
+    compute: Literal["dtype", "fp8"] = "dtype"
+    fp8_exclude: tuple[str, ...] = ()
+    fp8_exclude_layers: tuple[int, ...] = ()
     loss_chunk: int | None = None
     seed: int = 3407
     logging_steps: int = 1
@@ -170,6 +177,9 @@ class TrainConfig:
         check_range("train", self, "num_train_epochs learning_rate adam_epsilon", lambda x: x > 0, "more than 0")
         check_range("train", self, "max_grad_norm", lambda x: x > 0, "more than 0, or to null for no clipping")
         check_range("train", self, "warmup_steps weight_decay", lambda x: x >= 0, "0 or more")
+        for name in self.fp8_exclude:
+            if name not in LINEARS:
+                raise UserError(f"train.fp8_exclude has {name!r}; its members must be among {', '.join(LINEARS)}")
         check_range("train", self, "adam_beta1 adam_beta2", lambda x: 0 <= x < 1, "at least 0 and below 1")
         check_range("train", self, "seed", lambda x: 0 <= x < 2**32, "at least 0 and below 2**32")
 

@@ -51,7 +51,8 @@ def _typed(key: str, value: Any, expected: Any) -> Any:
         return value
     if typing.get_origin(expected) is tuple:
         if not isinstance(value, list | tuple):
-            raise UserError(f"{key} is {shown(value)}; it must be a list of text, such as [first, second]")
+            kind = "whole numbers, such as [0, 1]" if choices[0] is int else "text, such as [first, second]"
+            raise UserError(f"{key} is {shown(value)}; it must be a list of {kind}")
         return tuple(_typed(f"{key}[{i}]", item, choices[0]) for i, item in enumerate(value))
     if expected is float and isinstance(value, int) and not isinstance(value, bool):
         try:

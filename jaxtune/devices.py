@@ -51,6 +51,11 @@ class Device:
         return dataclasses.replace(self, allocator=min(self.usable, max(0, most)))
 
     @property
+    def has_fp8(self) -> bool:
+        """Whether it multiplies 8-bit floating-point matrices (Ada, Hopper and newer)."""
+        return self.capability is not None and self.capability >= 8.9
+
+    @property
     def compute_dtype(self) -> str:
         """What `model.dtype: auto` means there."""
         return "fp32" if self.capability is None else "bf16" if self.capability >= 8.0 else "fp16"

@@ -193,6 +193,9 @@ def estimate_memory(config: RunConfig, model: Model, device: Device, dtype: str,
             kept += decoder.num_layers * tokens * inputs * (3 if fused else 1)
     several = unrolled and not fused
     decoded_elements = _DECODED_LAYERS_UNROLLED * model.linears if several else _DECODED_WEIGHTS * model.widest
+    if _in_fp8(config, device):
+        # Weights at a byte an element; and the rounded gradient of the widest product, gate's and up's.
+        decoded_elements, layer = decoded_elements / 2, layer + 2 * in_mlp * decoder.intermediate_size // tensor
     words = decoder.vocab_size // spread
     chunk = min(tokens * config.mesh.fsdp, config.train.loss_chunk or chunk_tokens(words))
     offloaded = model.optimizer if config.train.is_paged else 0
@@ -212,6 +215,11 @@ def estimate_memory(config: RunConfig, model: Model, device: Device, dtype: str,
         update=int(_UPDATE * 4 * model.trainable / spread) + (model.optimizer if config.train.is_paged else 0),
         host=_HOST_PROCESS["cpu" if device.capability is None else "gpu"] + offloaded,
     )
+
+
+def _in_fp8(config: RunConfig, device: Device) -> bool:
+    # A card that has no products in 8 bits is judged as if it were not asked for them.
+    return config.train.compute == "fp8" and device.has_fp8
 
 
 def _attention_scratch(config: RunConfig, decoder: DecoderConfig, device: Device, rows: int) -> int:
@@ -250,9 +258,11 @@ def step_seconds(config: RunConfig, model: Model, device: Device, dtype: str, po
     tokens = train.batch_size * train.gradient_accumulation_steps * config.data.max_length
     widths = decoder.intermediate_size + decoder.hidden_size
     traffic = _TRAFFIC * tokens * decoder.num_layers * widths * _SIZES[dtype]
-    busy = step_flops(config, model, policy) / (_RATE_SHARE * device.flops) + traffic / (
-        _BANDWIDTH_SHARE * device.bandwidth
-    )
+    flops = step_flops(config, model, policy)
+    if _in_fp8(config, device):
+        # The frozen linears at twice the rate, forward, backward, and where all of a layer is computed again.
+        flops -= tokens * model.linears * decoder.num_layers * (2 if policy in ("none", "selective") else 3)
+    busy = flops / (_RATE_SHARE * device.flops) + traffic / (_BANDWIDTH_SHARE * device.bandwidth)
     copied = 2 * decoder.num_layers * tokens * decoder.hidden_size * _SIZES[dtype] if policy in OFFLOADED else 0
     return max(busy, copied / device.host_bandwidth) / config.mesh.devices
 

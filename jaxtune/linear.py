@@ -27,12 +27,24 @@ class Adaptation:
 
 
 @dataclasses.dataclass(frozen=True)
+class Fp8:
+    """Which linears have their frozen weights multiplied in 8-bit floating point: all but those named.
+
+    names: of linears, such as "down_proj". layers: indices, of whole layers.
+    """
+
+    names: tuple[str, ...] = ()
+    layers: tuple[int, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
 class Linears:
     """The linear layers of one sub-block of one decoder layer.
 
     base: {name: {"kernel": [N, K] or NF4Tensor, "bias": [N] if any}}. adapter: {name: {"lora_A": [R, K], "lora_B":
     [N, R]}} of the adapted ones. dropout_key: of this sub-block in this step; None switches dropout off (evaluation).
-    parts: how the layers are cut over several devices; None on one.
+    parts: how the layers are cut over several devices; None on one. fp8: which of them are computed in 8 bits; None for
+    none.
     """
 
     base: Tree
@@ -40,6 +52,7 @@ class Linears:
     adaptation: Adaptation
     dropout_key: Array | None
     parts: Parts | None = None
+    fp8: Fp8 | None = None
 
     def after_norm(
         self,
@@ -78,7 +91,8 @@ class Linears:
         bias = base.get("bias")
         if self.parts is not None and name in ROW_PARALLEL:
             bias = self.parts.first_only(bias)
-        return Projection(base["kernel"], bias, adapter.get("lora_A"), adapter.get("lora_B"))
+        fp8 = self.fp8 is not None and name not in self.fp8.names
+        return Projection(base["kernel"], bias, adapter.get("lora_A"), adapter.get("lora_B"), fp8)
 
     def _adapters_act(self, name: str, shape: tuple[int, ...]) -> dict[str, Any]:
         """How the adapters of a call act; `name` sets its dropout apart from that of other calls. shape: of the

@@ -24,6 +24,7 @@ from jaxtune.errors import UserError
 from jaxtune.loading import find_hf_config, load_tokenizer, resolve_source
 from jaxtune.metrics import format_bytes, format_seconds
 from jaxtune.planning import Plan, Reach, advice, make_plan, with_mesh
+from jaxtune.preflight import check_compute
 from jaxtune.traffic import scaling
 
 _COMPONENTS = {
@@ -153,6 +154,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check_files(config)
         hf_config = find_hf_config(config.model)
         device = this_device() if options.device is None else sheet(options.device)
+        check_compute(config.train, device)
         config, reason = with_mesh(config, hf_config, device, jax.device_count())
         compile_here = options.device is None and not options.no_compile and jax.default_backend() == "gpu"
         compile_here = compile_here and config.mesh.devices <= len(jax.devices())

@@ -9,6 +9,7 @@ import jax
 from jaxtune.config import MeshConfig, ModelConfig, TrainConfig
 from jaxtune.data.dataset import Dataset
 from jaxtune.data.loader import Loader
+from jaxtune.devices import Device
 from jaxtune.errors import UserError
 from jaxtune.models.config import DecoderConfig
 from jaxtune.processes import several
@@ -45,6 +46,18 @@ def check_embedding(config: ModelConfig, decoder: DecoderConfig) -> None:
             "model.embedding_on_host is true, but this model's head is its embedding table, which the device needs "
             "whole; set it to false"
         )
+
+
+def check_compute(settings: TrainConfig, device: Device) -> str | None:
+    """What to say of a run whose products are in 8 bits on a CPU; UserError on a GPU that has none."""
+    if settings.compute != "fp8" or device.has_fp8:
+        return None
+    if device.capability is None:
+        return "train.compute fp8 on a CPU: the numbers of a GPU's 8-bit products, and none of their speed"
+    raise UserError(
+        f"train.compute is fp8, but {device.kind} has compute capability {device.capability}, and products in 8 bits "
+        "came with 8.9 (Ada) and 9.0 (Hopper); set train.compute to dtype"
+    )
 
 
 def count_steps(settings: TrainConfig, loader: Loader) -> int:

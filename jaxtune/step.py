@@ -16,7 +16,7 @@ from jax import Array, lax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxtune.linear import Adaptation
+from jaxtune.linear import Adaptation, Fp8
 from jaxtune.loss_scale import LossScale
 from jaxtune.models.config import DecoderConfig
 from jaxtune.models.decoder import Tree, Wrap, head_weight, hidden_states
@@ -51,7 +51,8 @@ class StepConfig:
     dtype: compute dtype. adaptation: how adapters act. packed: rows hold several documents (batches carry segment_ids).
     remat: policy of jaxtune.remat. unroll: layers unrolled instead of scanned. max_grad_norm: clipping, or None.
     loss_chunk: tokens of logits at a time, or None. paged: the optimizer's state is in host memory between
-    updates. parts: how arrays are cut over several devices (`mesh.make_parts`), or None on one.
+    updates. parts: how arrays are cut over several devices (`mesh.make_parts`), or None on one. fp8: which linears are
+    computed in 8 bits, in training; None for none.
     """
 
     decoder: DecoderConfig
@@ -64,6 +65,7 @@ class StepConfig:
     loss_chunk: int | None = None
     paged: bool = False
     parts: Parts | None = None
+    fp8: Fp8 | None = None
 
 
 def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, sequence: int = 1) -> Mesh:
@@ -138,6 +140,7 @@ def batch_loss(
         mlp_chunk=MLP_CHUNK.get(config.remat),
         embedded=batch.get("embedded"),
         parts=config.parts,
+        fp8=config.fp8,
     )
     return linear_cross_entropy(
         hidden,
@@ -264,8 +267,8 @@ def _compiler_options(remat: str, platform: str) -> dict[str, bool] | None:
 
 
 def jit_eval_step(config: StepConfig, mesh: Mesh) -> Callable[[Tree, Tree, Batch], tuple[Array, Array]]:
-    """`eval_step` compiled for the mesh."""
-    step: Any = partial(eval_step, config=dataclasses.replace(config, remat="none"))
+    """`eval_step` compiled for the mesh; never in 8 bits: what is measured is the adapter as it will be used."""
+    step: Any = partial(eval_step, config=dataclasses.replace(config, remat="none", fp8=None))
     if (parts := config.parts) is not None:
         specs = (parts.state.lora, parts.frozen, _BATCH)
         step = jax.shard_map(step, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=False)

@@ -12,7 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxtune.config import ModelConfig, RunConfig
+from jaxtune.config import ModelConfig, RunConfig, TrainConfig
+from jaxtune.errors import UserError
+from jaxtune.linear import Fp8
 from jaxtune.loading import tensors_of
 from jaxtune.lora import adaptation, init_lora
 from jaxtune.mesh import placed_structures
@@ -97,7 +99,26 @@ def step_settings(config: RunConfig, decoder: DecoderConfig, dtype: Any, policy:
         max_grad_norm=train.max_grad_norm,
         loss_chunk=train.loss_chunk,
         paged=train.is_paged,
+        fp8=fp8_linears(train, decoder),
     )
+
+
+def fp8_linears(train: TrainConfig, decoder: DecoderConfig) -> Fp8 | None:
+    """Which linears a run computes in 8 bits, None for none.
+
+    Raises:
+        UserError: a layer to leave out that the model does not have.
+    """
+    if train.compute != "fp8":
+        return None
+    count = decoder.num_layers
+    for layer in train.fp8_exclude_layers:
+        if not -count <= layer < count:
+            raise UserError(
+                f"train.fp8_exclude_layers has {layer}, but the model's {count} layers are 0 to {count - 1} (or "
+                f"{-count} to -1 from the end); correct it"
+            )
+    return Fp8(tuple(sorted(train.fp8_exclude)), tuple(sorted({layer % count for layer in train.fp8_exclude_layers})))
 
 
 def compile_step(config: RunConfig, hf_config: Mapping[str, Any], dtype: Any, policy: str) -> jax.stages.Compiled:

@@ -6,7 +6,7 @@ import dataclasses
 
 from jax import Array
 
-from jaxtune.linear import Adaptation
+from jaxtune.linear import Adaptation, Fp8
 from jaxtune.parts import Parts
 
 
@@ -22,6 +22,7 @@ class Context:
     window: keys that a query sees, or None for all.
     mlp_chunk: tokens that pass through an MLP at a time, recomputed in the backward pass; None for all at once.
     parts: how the model is cut over the devices of a mesh; None on one device.
+    fp8: which linears are computed in 8 bits; None for none.
     """
 
     cos: Array
@@ -33,3 +34,4 @@ class Context:
     window: int | None = None
     mlp_chunk: int | None = None
     parts: Parts | None = None
+    fp8: Fp8 | None = None

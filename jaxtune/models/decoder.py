@@ -14,7 +14,7 @@ from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float, Int
 
-from jaxtune.linear import Adaptation, Linears, split_key
+from jaxtune.linear import Adaptation, Fp8, Linears, split_key
 from jaxtune.models.attention import Cache, self_attention
 from jaxtune.models.config import DecoderConfig
 from jaxtune.models.context import Context
@@ -26,6 +26,8 @@ from pallas_kernels.nf4 import NF4Layer, NF4Tensor
 Tree = Mapping[str, Any]
 Wrap = Callable[[Callable[..., Any]], Callable[..., Any]]
 Carry = tuple[Array, Cache | None]
+# What sets layers apart beside their weights: how far their queries see, and what is computed in 8 bits.
+Kind = tuple[int | None, Fp8 | None]
 
 
 def embed(
@@ -69,7 +71,12 @@ def block(
     """
     x = checkpoint_name(x, "layer_input")
     attention = Linears(
-        base["self_attn"], adapter.get("self_attn", {}), context.adaptation, split_key(key, 0), context.parts
+        base["self_attn"],
+        adapter.get("self_attn", {}),
+        context.adaptation,
+        split_key(key, 0),
+        context.parts,
+        context.fp8,
     )
     qkv, x = attention.after_norm(
         ("q_proj", "k_proj", "v_proj"), x, base["input_layernorm"], **_norm_form(config), name="qkv"
@@ -94,7 +101,7 @@ def _mlp(
     config: DecoderConfig,
 ) -> Float[Array, "B T D"]:
     """The residual stream with attention's output and then the MLP's added to it; every token for itself."""
-    mlp = Linears(base["mlp"], adapter, context.adaptation, key, context.parts)
+    mlp = Linears(base["mlp"], adapter, context.adaptation, key, context.parts, context.fp8)
     gate_up, x = mlp.after_norm(
         ("gate_proj", "up_proj"), x, base["post_attention_layernorm"], attended, **_norm_form(config), name="gate_up"
     )
@@ -145,6 +152,7 @@ def hidden_states(
     mlp_chunk: int | None = None,
     embedded: Float[Array, "B T D"] | None = None,
     parts: Parts | None = None,
+    fp8: Fp8 | None = None,
     cache: Cache | None = None,
     cache_start: Array | int = 0,
     cache_first: Int[Array, " B"] | None = None,
@@ -163,6 +171,7 @@ def hidden_states(
         mlp_chunk: tokens that pass through an MLP at a time; None for all.
         embedded: the tokens' rows of the embedding table, where `frozen` does not hold it.
         parts: inside of a `shard_map`, how the trees are cut over its devices; arguments and result are this device's.
+        fp8: which linears are computed in 8 bits; None for none.
         cache: {"k", "v"}: [L, B, S, K, H]; new keys and values are written from index `cache_start` on.
         cache_first: index of each row's first token in the cache, where rows are padded in front.
 
@@ -172,40 +181,61 @@ def hidden_states(
     # In generation all tokens take the angles of a document that fills the cache, whatever is in it by now.
     lengths = _lengths(positions, segment_ids, parts) if cache is None else jnp.full((1, 1), cache["k"].shape[2])
 
-    def context(window: int | None) -> Context:
+    def context(window: int | None, fp8: Fp8 | None) -> Context:
         rope = config.local_rope if window is not None and config.local_rope is not None else config.rope
         cos, sin = rope.cos_sin(positions, lengths)
-        return Context(cos, sin, segment_ids, cache_start, adaptation, cache_first, window, mlp_chunk, parts)
+        return Context(cos, sin, segment_ids, cache_start, adaptation, cache_first, window, mlp_chunk, parts, fp8)
 
-    contexts = {window: context(window) for window in config.windows}
+    # Layers are alike that see as far and are computed alike.
+    kinds = [
+        (config.windows[i % len(config.windows)], None if fp8 is not None and i in fp8.layers else fp8)
+        for i in range(config.num_layers)
+    ]
+    contexts = {kind: context(*kind) for kind in dict.fromkeys(kinds)}
 
     # The cache is carried: as an input and output of the loop it would exist twice. Weights are picked from their stack
     # inside of what is recomputed: what waits for the backward pass is the stack, and no layer's copy.
-    def layer(carry: Carry, inputs: tuple[Any, Array], window: int | None) -> tuple[Carry, None]:
+    def layer(carry: Carry, inputs: tuple[Any, Array], kind: Kind) -> tuple[Carry, None]:
         (x, cache), (adapter, index) = carry, inputs
         base = jax.tree.map(partial(_pick, index=index), frozen["layers"], is_leaf=_is_packed)
         if parts is not None:
             base, adapter = parts.layer(base, adapter)
         key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
-        return block(x, base, adapter, contexts[window], config, key, cache, index), None
+        return block(x, base, adapter, contexts[kind], config, key, cache, index), None
 
-    wrapped = [(remat or _keep_all_but_weights)(partial(layer, window=window)) for window in config.windows]
+    wrapped = {kind: (remat or _keep_all_but_weights)(partial(layer, kind=kind)) for kind in contexts}
 
-    def pattern(carry: Carry, inputs: Sequence[tuple[Any, Array]]) -> tuple[Carry, None]:
-        for each, of_layer in zip(wrapped, inputs):
-            carry, _ = each(carry, of_layer)
+    def pattern(carry: Carry, inputs: Sequence[tuple[Any, Array]], kinds: Sequence[Kind]) -> tuple[Carry, None]:
+        for kind, of_layer in zip(kinds, inputs, strict=True):
+            carry, _ = wrapped[kind](carry, of_layer)
         return carry, None
 
-    # A loop over whole patterns, then the layers of a last one that is not whole.
-    layers, period = (lora.get("layers", {}), jnp.arange(config.num_layers)), len(wrapped)
-    whole = config.num_layers // period * period
-    patterns = [jax.tree.map(lambda leaf, i=i: leaf[i:whole:period], layers) for i in range(period)]
     if embedded is None and parts is not None:
         embedded = parts.embedded(frozen["embed_tokens"]["embedding"], tokens)
-    carry, _ = lax.scan(pattern, (embed(frozen, tokens, config, dtype, embedded), cache), patterns, unroll=unroll)
-    rest = [jax.tree.map(lambda leaf, i=i: leaf[i], layers) for i in range(whole, config.num_layers)]
-    (x, cache), _ = pattern(carry, rest)
+    carry: Carry = embed(frozen, tokens, config, dtype, embedded), cache
+    layers = lora.get("layers", {}), jnp.arange(config.num_layers)
+    for start, stop, period in _loops(kinds, len(config.windows)):
+        cuts = [slice(first, stop, period) for first in range(start, start + period)]
+        patterns = [jax.tree.map(lambda leaf, cut=cut: leaf[cut], layers) for cut in cuts]
+        carry, _ = lax.scan(partial(pattern, kinds=kinds[start : start + period]), carry, patterns, unroll=unroll)
+    x, cache = carry
     return norm(x, frozen["norm"], config), cache
+
+
+def _loops(kinds: Sequence[Kind], period: int) -> list[tuple[int, int, int]]:
+    """Cuts layers into loops over patterns of `period` of them, as long as kinds are repeated: (start, stop, period).
+
+    Layers that make no whole pattern are one of their own.
+    """
+    loops, start, count = [], 0, len(kinds)
+    while start < count:
+        size = min(period, count - start)
+        stop = start + size
+        while kinds[start : start + size] == kinds[stop : stop + size]:
+            stop += size
+        loops.append((start, stop, size))
+        start = stop
+    return loops
 
 
 def _lengths(positions: Array, segment_ids: Array | None, parts: Parts | None) -> Array:
