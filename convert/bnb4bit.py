@@ -269,7 +269,7 @@ def _read_state(name: str, tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
     rules: dict[str, tuple[Any, ...]] = {"blocksize": _BLOCK_SIZES, "dtype": _DTYPES}
     if nested:
         rules |= {"nested_blocksize": _BLOCK_SIZES, "nested_dtype": _DTYPES}
-        if type(state["nested_offset"]) not in (int, float) or not math.isfinite(state["nested_offset"]):
+        if type(state["nested_offset"]) not in (int, float) or not abs(state["nested_offset"]) < 3e38:
             raise _damaged(key, f"nested_offset {state['nested_offset']!r} must be a finite number")
     for field, allowed in rules.items():
         if state[field] not in allowed:

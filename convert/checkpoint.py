@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ import numpy as np
 from convert import bnb4bit, families, flax_tree
 from convert.families.table import Family, Load
 from convert.gguf import GgufFile, open_gguf
+from convert.json_files import read_json
 from convert.safetensors_io import TensorInfo, open_model
 from pallas_kernels.nf4 import NF4Tensor
 
@@ -90,22 +90,40 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     if path.is_file():
         gguf = open_gguf(path)
         infos = {name: TensorInfo(info.dtype, info.shape) for name, info in gguf.tensors.items()}
-        return Checkpoint(path, gguf.hf_config, infos, gguf.read, (path,), gguf)
+        return Checkpoint(path, _completed(gguf.hf_config, path), infos, gguf.read, (path,), gguf)
     if not (path / "config.json").is_file():
         what = "there is no config.json in it" if path.is_dir() else "there is nothing of that name"
         raise ValueError(f"{path}: {what}; name a model's directory or a .gguf file")
-    try:
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-        config = {**families.get(config["model_type"]).defaults, **config}
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{path / 'config.json'}: it is no valid JSON ({error}); take the model's own file") from error
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{path / 'config.json'}: it states no model_type; take the model's own file") from error
-    bnb4bit.is_quantized(config)
+    config = read_config(path / "config.json")
     if flax_tree.is_tree(path):
         return Checkpoint(path, config, flax_tree.tree_infos(path), _read_no_tree, flax_tree.tree_files(path))
     model = open_model(path)
     return Checkpoint(path, config, model.infos, model.read, model.files)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A config.json of a family that is read here, with the family's defaults.
+
+    Raises:
+        ValueError: no such file can be read, no model_type, another family, or values that no model has.
+        NotImplementedError: a quantisation that is not read.
+    """
+    config = read_json(path, "it is no valid JSON", "take the model's own config.json")
+    if not isinstance(config.get("model_type"), str):
+        raise ValueError(f"{path}: it states no model_type; take the model's own config.json")
+    config = _completed(config, path)
+    bnb4bit.is_quantized(config)
+    return config
+
+
+def _completed(config: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The config with its family's defaults; ValueError where a model cannot have what it says."""
+    try:
+        completed = families.completed(config)
+        families.get(config["model_type"]).facts(completed)
+        return completed
+    except ValueError as error:
+        raise ValueError(f"{path}: {str(error).removeprefix('config.json: ')}") from error
 
 
 def _read_no_tree(name: str) -> np.ndarray:

@@ -9,7 +9,6 @@ bytes mean, and the adapter's scaling. Beside them stand config.json and the tok
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 import orbax.checkpoint as ocp
 
+from convert.json_files import read_json
 from convert.safetensors_io import TensorInfo, write_json
 from pallas_kernels.nf4 import NF4Tensor
 
@@ -93,12 +93,8 @@ def tree_files(directory: Path) -> tuple[Path, ...]:
 
 
 def _marker(directory: Path) -> dict[str, Any]:
-    try:
-        marker = dict(json.loads((directory / MARKER).read_text(encoding="utf-8")))
-        known = marker["format"] == 1 and {"leaves", "packed"} <= set(marker)
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise ValueError(f"{directory / MARKER}: damaged ({error!r}); convert the model again") from error
-    if not known:
+    marker = read_json(directory / MARKER, "damaged", "convert the model again")
+    if marker.get("format") != 1 or not {"leaves", "packed"} <= set(marker):
         raise ValueError(f"{directory / MARKER}: not of format 1; convert the model again")
     return marker
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections import Counter
@@ -10,7 +9,8 @@ from pathlib import Path
 
 from convert import flax_tree
 from convert.checkpoint import Checkpoint, open_checkpoint
-from convert.peft import CONFIG_NAME, WEIGHTS_NAME
+from convert.peft import WEIGHTS_NAME
+from convert.peft_config import CONFIG_NAME, read_config
 from convert.safetensors_io import SafetensorsModel
 
 
@@ -79,11 +79,7 @@ def _size(nbytes: int) -> str:
 
 
 def _adapter(path: Path) -> str:
-    try:
-        config = dict(json.loads((path / CONFIG_NAME).read_text(encoding="utf-8")))
-        rank, base = config["r"], config.get("base_model_name_or_path")
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path / CONFIG_NAME}: not a LoRA config ({error!r}); save the adapter again") from error
+    config = read_config(path)
     if not (path / WEIGHTS_NAME).is_file():
         raise ValueError(f"{path}: {WEIGHTS_NAME} is missing; name a directory that PEFT's save_pretrained wrote")
     infos = SafetensorsModel([path / WEIGHTS_NAME]).infos
@@ -91,7 +87,8 @@ def _adapter(path: Path) -> str:
     linears, layers = (sorted({match[group] for match in matches}) for group in (2, 1))
     dtypes = sorted({info.dtype.name for info in infos.values()})
     return (
-        f"{path}: LoRA adapter of {base}\n  rank {rank}, alpha {config.get('lora_alpha')}, {', '.join(dtypes)}, "
+        f"{path}: LoRA adapter of {config.get('base_model_name_or_path')}\n"
+        f"  rank {config['r']}, alpha {config.get('lora_alpha')}, {', '.join(dtypes)}, "
         f"{len(layers)} layers of {', '.join(linears)}\n"
         "jaxtune would generate with it, export it, or merge it: python -m convert merge BASE ADAPTER"
     )

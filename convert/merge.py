@@ -108,10 +108,11 @@ def _add(
         rows = slice(start, start + step)
         if tensor is not base:
             values = base[rows]
-            if factors is not None:
-                lora_a, lora_b = factors
-                values = values.astype(np.float32) + np.float32(scaling) * (lora_b[rows] @ lora_a)
-            with np.errstate(over="ignore"):
+            # What is not finite is reported below.
+            with np.errstate(over="ignore", invalid="ignore"):
+                if factors is not None:
+                    lora_a, lora_b = factors
+                    values = values.astype(np.float32) + np.float32(scaling) * (lora_b[rows] @ lora_a)
                 tensor[rows] = values
         if not np.isfinite(tensor[rows].astype(np.float32, copy=False)).all():
             raise ValueError(

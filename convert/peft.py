@@ -7,7 +7,6 @@ tree {"layers": {"self_attn": {"q_proj": {"lora_A": [L, R, in], "lora_B": [L, ou
 from __future__ import annotations
 
 import functools
-import json
 import math
 import os
 import re
@@ -18,27 +17,13 @@ from typing import Any
 import numpy as np
 
 from convert import families
+from convert.peft_config import CONFIG_NAME, NEUTRAL, PREFIX, divisor, of_module, read_config
 from convert.safetensors_io import SafetensorsModel, TensorInfo, refuse_existing, write_file, write_json
 
-CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
-PREFIX = "base_model.model."
-
-# Keys of rank_pattern and alpha_pattern: regular expressions of a kind that cannot take long.
-_MODULES = r"\^?(?:[\w.]|\\\.|\\d\+|\.\*|\[[\w-]+\])+\$?"
-# The fields whose other values would make an adapter compute something else than B A x.
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "peft_type": ("LORA",),
-    "bias": ("none",),
-    "use_dora": (False, None),
-    "lora_bias": (False, None),
-    "use_qalora": (False, None),
-    "use_bdlora": (False, None),
-    "alora_invocation_tokens": ([], None),
-    "trainable_token_indices": ([], {}, None),
-    "target_parameters": ([], None),
-    "layer_replication": ([], None),
-}
+_DTYPES = ("float32", "bfloat16", "float16", "float64")
+# Of a layer, as PEFT writes it.
+_NUMBER = "(0|[1-9][0-9]{0,3})"
 
 
 def is_whole(name: str) -> bool:
@@ -100,7 +85,7 @@ def from_peft(
     found: dict[str, dict[str, dict[int, str]]] = {}
     unknown = []
     patterns = {
-        module: re.compile(re.escape(PREFIX + module).replace(r"\{i\}", r"(\d+)") + r"\.(lora_[AB])\.weight")
+        module: re.compile(re.escape(PREFIX + module).replace(r"\{i\}", _NUMBER) + r"\.(lora_[AB])\.weight")
         for module in modules
     }
     for name in tensors:
@@ -265,17 +250,14 @@ def load_adapter(
     for name in (CONFIG_NAME, WEIGHTS_NAME):
         if not (directory / name).is_file():
             raise ValueError(f"{directory}: {name} is missing; name a directory that PEFT's save_pretrained wrote")
-    try:
-        config = dict(json.loads((directory / CONFIG_NAME).read_text(encoding="utf-8")))
-        rank, alpha = int(config["r"]), float(config.get("lora_alpha", 8))
-    except (ValueError, KeyError, TypeError, OverflowError) as error:
-        raise ValueError(f"{directory / CONFIG_NAME}: not a LoRA config ({error!r}); save the adapter again") from error
-    for field, neutral in _NEUTRAL.items():
+    config = read_config(directory)
+    rank, alpha = config["r"], config.get("lora_alpha", 8)
+    for field, neutral in NEUTRAL.items():
         if config.get(field, neutral[0]) not in neutral:
             raise NotImplementedError(
                 f"{directory / CONFIG_NAME}: {field} is {config[field]!r}; only plain LoRA is read"
             )
-    own_ranks, own_alphas = (_pattern(directory / CONFIG_NAME, config, f"{name}_pattern") for name in ("rank", "alpha"))
+    own_ranks, own_alphas = config["rank_pattern"], config["alpha_pattern"]
     model = SafetensorsModel([directory / WEIGHTS_NAME])
     if config.get("modules_to_save") and not allow_modules:
         raise NotImplementedError(
@@ -284,10 +266,15 @@ def load_adapter(
         )
     whole = [name for name in model.infos if is_whole(name)] if allow_modules else []
     tensors = {name: model.read(name) for name in model.infos if name not in whole}
+    if wrong := [name for name, tensor in tensors.items() if tensor.ndim != 2 or tensor.dtype.name not in _DTYPES]:
+        raise ValueError(
+            f"{directory / WEIGHTS_NAME}: {wrong[0][:200]!a} has shape {list(tensors[wrong[0]].shape)} and dtype "
+            f"{tensors[wrong[0]].dtype.name}; an adapter has matrices of {', '.join(_DTYPES)}: save it again"
+        )
     stated = {
-        name: int(_of_module(own_ranks, name, rank))
-        for name, tensor in tensors.items()
-        if name.endswith((".lora_A.weight", ".lora_B.weight")) and tensor.ndim == 2
+        name: int(of_module(own_ranks, name, rank))
+        for name in tensors
+        if name.endswith((".lora_A.weight", ".lora_B.weight"))
     }
     ranks = {name: tensors[name].shape[0 if ".lora_A." in name else 1] for name in stated}
     wrong = sorted(name for name in stated if ranks[name] != stated[name])
@@ -295,9 +282,9 @@ def load_adapter(
         found = sorted({ranks[name] for name in wrong})
         what = f"r = {rank}" + (" and a rank_pattern" if config.get("rank_pattern") else "")
         raise ValueError(f"{directory}: {CONFIG_NAME} says {what}, the tensors have ranks {found} ({wrong[0]})")
-    factor = alpha / _divisor(config, rank)
+    factor = alpha / divisor(config, rank)
     for name, own_rank in ranks.items():
-        own_factor = float(_of_module(own_alphas, name, alpha)) / _divisor(config, own_rank)
+        own_factor = float(of_module(own_alphas, name, alpha)) / divisor(config, own_rank)
         if ".lora_B." in name and not math.isclose(own_factor, factor, rel_tol=1e-9):
             tensors[name] = tensors[name].astype(np.float32) * np.float32(own_factor / factor)
     try:
@@ -309,13 +296,8 @@ def load_adapter(
         for node in group.values():
             node |= {part: _padded(node[part], axis, largest) for part, axis in (("lora_A", 1), ("lora_B", 2))}
     if largest != rank:
-        config |= {"r": largest, "lora_alpha": factor * _divisor(config, largest)}
+        config |= {"r": largest, "lora_alpha": factor * divisor(config, largest)}
     return tree, config | {"rank_pattern": {}, "alpha_pattern": {}}
-
-
-def _divisor(config: Mapping[str, Any], rank: int) -> float:
-    """What lora_alpha is divided by for the factor on B A."""
-    return math.sqrt(rank) if config.get("use_rslora") else rank
 
 
 def _patterns(
@@ -325,35 +307,11 @@ def _patterns(
     joined = {module.split(".")[-1] for module, paths in _modules(model_type).items() if len(paths) > 1}
     ranks = {name.split(".")[-3]: tensor.shape[0] for name, tensor in tensors.items() if ".lora_A." in name}
     others = {module: rank for module, rank in ranks.items() if module in joined and rank != fields["r"]}
-    factor = fields.get("lora_alpha", 8) / _divisor(fields, fields["r"])
+    factor = fields.get("lora_alpha", 8) / divisor(fields, fields["r"])
     return {
         "rank_pattern": others,
-        "alpha_pattern": {module: factor * _divisor(fields, rank) for module, rank in others.items()},
+        "alpha_pattern": {module: factor * divisor(fields, rank) for module, rank in others.items()},
     }
-
-
-def _pattern(path: Path, config: Mapping[str, Any], field: str) -> dict[str, float]:
-    """rank_pattern or alpha_pattern, checked: a file from elsewhere must not bring an expression that runs for ever."""
-    pattern = config.get(field) or {}
-    if not isinstance(pattern, dict) or not all(
-        isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > 0
-        for value in pattern.values()
-    ):
-        raise ValueError(f"{path}: {field} is no mapping from modules to numbers above 0; save the adapter again")
-    for key in pattern:
-        if not re.fullmatch(_MODULES, key) or key.count("*") > 2:
-            raise NotImplementedError(
-                f"{path}: {field} has the key {key[:80]!r}; names of modules are read, with [0-9], \\d+ and up to two "
-                "of .* in them"
-            )
-    return pattern
-
-
-def _of_module(pattern: Mapping[str, Any], name: str, default: Any) -> Any:
-    """What a pattern states for the module of a tensor: PEFT's keys are regular expressions of how its name ends."""
-    module = name.removeprefix(PREFIX).rsplit(".", 2)[0]
-    found = (value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", module))
-    return next(found, default)
 
 
 def _of_equal_ranks(tensors: Mapping[str, np.ndarray], ranks: Mapping[str, int]) -> dict[str, np.ndarray]:

@@ -5,7 +5,6 @@ Names: `base_model.model.` + the tensor's HF name. Each stands in for the base m
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -15,7 +14,8 @@ import numpy as np
 
 from convert import families
 from convert.families.table import Slot
-from convert.peft import CONFIG_NAME, PREFIX, WEIGHTS_NAME, is_whole
+from convert.peft import WEIGHTS_NAME, is_whole
+from convert.peft_config import PREFIX, read_config
 from convert.safetensors_io import SafetensorsModel
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -46,7 +46,7 @@ def load_modules(
         for name in model.infos
         if is_whole(name) and ".original_module." not in name
     }
-    adapter = json.loads((Path(directory) / CONFIG_NAME).read_text(encoding="utf-8"))
+    adapter = read_config(Path(directory))
     if not modules and adapter.get("modules_to_save"):
         raise ValueError(f"{path}: none of modules_to_save ({adapter['modules_to_save']}) is in it; save it again")
     if not modules:

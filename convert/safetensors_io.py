@@ -22,6 +22,8 @@ from typing import Any, BinaryIO
 import ml_dtypes
 import numpy as np
 
+from convert.json_files import read_json
+
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 
@@ -43,8 +45,9 @@ _DTYPES = {
     "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
 }
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-# The format's own limit: a longer header is damage or an attack on the reader's memory.
-_MAX_HEADER_BYTES = 100_000_000
+# A longer header is damage, or an attack on the reader's memory, of which JSON can take fifty times its length. The
+# format allows ten times as much; a hundred thousand tensors need as much as this.
+_MAX_HEADER_BYTES = 10_000_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,23 +137,28 @@ def open_model(directory: str | os.PathLike[str]) -> SafetensorsModel:
 
 
 def _open_sharded(directory: Path, index: Path) -> SafetensorsModel:
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        homes = {str(name): str(file) for name, file in weight_map.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{index}: not an index of safetensors shards ({error!r}); download it again") from error
-    for file in set(homes.values()):
+    problem, remedy = "not an index of safetensors shards", "download it again"
+    homes = read_json(index, problem, remedy).get("weight_map")
+    if not isinstance(homes, dict):
+        raise ValueError(f"{index}: {problem} (weight_map is no object); {remedy}")
+    for file in set(map(str, homes.values())):
         # Separators of both systems: the check must not depend on where it runs.
-        if not file.endswith(".safetensors") or "/" in file or "\\" in file:
-            raise ValueError(f"{index}: names the file {file!r}; only .safetensors files beside the index are opened")
+        if not file.endswith(".safetensors") or "/" in file or "\\" in file or len(file) > 200:
+            raise ValueError(
+                f"{index}: names the file {file[:200]!r}; only .safetensors files beside the index are opened"
+            )
     absent = sorted(file for file in set(homes.values()) if not (directory / file).is_file())
     if absent:
-        raise ValueError(f"{index}: lists files that are not in {directory}: {', '.join(absent)}; download them again")
+        raise ValueError(f"{index}: lists files that are not in {directory}: {_listed(absent)}; download them again")
     model = SafetensorsModel([directory / file for file in sorted(set(homes.values()))])
     lost = sorted(name for name, file in homes.items() if model._places.get(name, (None,))[0] != directory / file)
     if lost:
-        raise ValueError(f"{index}: tensors not in the files it names: {', '.join(lost)}; download the shards again")
+        raise ValueError(f"{index}: tensors not in the files it names: {_listed(lost)}; download the shards again")
     return model
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:50]) + (f" and {len(names) - 50} more" if len(names) > 50 else "")
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -176,10 +184,10 @@ def _read_header(file: Path) -> dict[str, tuple[TensorInfo, int]]:
         header = json.loads(text.decode("utf-8"), object_pairs_hook=_unique_keys)
         header.pop("__metadata__", None)
         entries = sorted(
-            (*map(int, entry["data_offsets"]), name, str(entry["dtype"]), tuple(map(int, entry["shape"])))
+            (*_numbers(entry["data_offsets"], 2), name, str(entry["dtype"]), _numbers(entry["shape"]))
             for name, entry in header.items()
         )
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{file}: the safetensors header is damaged ({error!r}); download the file again") from error
     tensors = {}
     expected_start = 0
@@ -199,6 +207,14 @@ def _read_header(file: Path) -> dict[str, tuple[TensorInfo, int]]:
             f"{file}: {size} bytes, of which its header explains {data_start + expected_start}; download the file again"
         )
     return tensors
+
+
+def _numbers(values: Any, count: int | None = None) -> tuple[int, ...]:
+    if not isinstance(values, list) or not all(type(value) is int for value in values):
+        raise ValueError(f"{str(values)[:80]} is no list of whole numbers")
+    if count is not None and len(values) != count:
+        raise ValueError(f"{len(values)} numbers instead of {count}")
+    return tuple(values)
 
 
 @contextlib.contextmanager

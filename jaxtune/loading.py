@@ -22,7 +22,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from convert import bnb4bit, families, flax_tree
-from convert.checkpoint import Checkpoint, open_checkpoint
+from convert.checkpoint import Checkpoint, open_checkpoint, read_config
 from convert.families.table import Load, Slot
 from convert.gguf import open_gguf
 from jaxtune import hub
@@ -287,16 +287,8 @@ def _check_config_file(path: Path) -> dict[str, Any]:
     if not path.is_file():
         adapter = "it holds an adapter: name its base model" if (path.parent / "adapter_config.json").exists() else ""
         raise UserError(f"{path.parent}: config.json is missing; {adapter or 'name a directory that holds a model'}")
-    with user_errors(f"{path}: "):
-        try:
-            config = json.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"it is no valid JSON ({error}); take the model's own config.json") from error
-        if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
-            raise ValueError("it states no model_type; take the model's own config.json")
-        families.get(config["model_type"])
-        bnb4bit.is_quantized(config)
-    return config
+    with user_errors():
+        return read_config(path)
 
 
 def _open(source: Source) -> Checkpoint:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from convert.families.checks import check_sizes
 from convert.families.table import Rule
 
 _LAYER = "model.layers.{i}"
@@ -94,9 +95,7 @@ def facts(config: Mapping[str, Any]) -> dict[str, int]:
         "V": "vocab_size",
         "L": "num_hidden_layers",
     }
-    bad = [key for key in letters.values() if not isinstance(config.get(key), int) or config[key] < 1]
-    if bad:
-        raise ValueError(f"config.json: {', '.join(bad)} must be whole numbers above zero; take the model's own file")
+    check_sizes(config, tuple(letters.values()))
     found = {letter: config[key] for letter, key in letters.items()}
     # Files older than grouped queries, and those that leave the usual width out, rely on these defaults.
     found["K"] = config.get("num_key_value_heads") or found["N"]

@@ -15,6 +15,8 @@ from typing import Any
 from convert.bnb4bit import is_packed
 from convert.safetensors_io import TensorInfo
 
+# Lines of one kind in an error, tensors of several layers being one line.
+_MOST_LINES = 200
 # What bitsandbytes stores beside a 4-bit `weight`: all of it is one logical tensor.
 _PACKED_PARTS = (
     ".absmax",
@@ -152,9 +154,11 @@ class Family:
                 wrong.append(f"{slot.name} {problem}")
         missing, wrong = list(dict.fromkeys(missing)), list(dict.fromkeys(wrong))
         if missing or unknown or wrong:
-            lines = [f"  missing: {name}" for name in _collapse(missing)]
-            lines += [f"  not known: {name}" for name in _collapse(unknown)]
-            lines += [f"  wrong: {text}" for text in _collapse(wrong)]
+            lines = [
+                f"  {kind}: {line}"
+                for kind, found in (("missing", missing), ("not known", map(_shown, unknown)), ("wrong", wrong))
+                for line in _shortened(_collapse(found))
+            ]
             raise ValueError(
                 f"the tensors are not those of the {self.model_type} model that config.json describes; "
                 "use the config.json and the weights of one and the same model:\n" + "\n".join(lines)
@@ -174,6 +178,15 @@ def _problem(load: Load, info: TensorInfo) -> str | None:
     elif info.dtype.name not in ("float16", "bfloat16", "float32", "float64"):
         return f"has dtype {info.dtype.name}, expected floats of 16 bits or more"
     return None
+
+
+def _shown(name: str) -> str:
+    """A name from a file, which may hold anything, as it may stand in a message."""
+    return name if name.isprintable() and len(name) <= 200 else ascii(name[:200])
+
+
+def _shortened(lines: list[str]) -> list[str]:
+    return lines if len(lines) <= _MOST_LINES else [*lines[:_MOST_LINES], f"and {len(lines) - _MOST_LINES} more"]
 
 
 def _collapse(lines: Iterable[str]) -> list[str]:

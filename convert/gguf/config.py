@@ -45,11 +45,26 @@ class Metadata(dict[str, Any]):
 
     def decimal(self, key: str) -> float:
         """The shortest decimal that rounds to the stored float32: 1e-05, not 9.999999747378752e-06."""
-        return float(str(np.float32(self[key])))
+        value = self[key]
+        if not isinstance(value, int | float) or not math.isfinite(value):
+            raise self._wrong(key, "a number")
+        return float(str(np.float32(value)))
+
+    def whole(self, key: str, default: int | None = None) -> int:
+        """A whole number above zero; `default` where the key is missing."""
+        value = self[key] if default is None else self.get(key, default)
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < 2**31:
+            raise self._wrong(key, "a whole number above zero")
+        return value
+
+    def _wrong(self, key: str, what: str) -> ValueError:
+        return ValueError(f"{self.path}: {key} is {str(self[key])[:80]!r}, and must be {what}; convert the model again")
 
     def uniform(self, key: str) -> int:
         """A number that GGUF may also give once per layer."""
         value = np.unique(self[key])
+        if value.dtype.kind not in "iu" or (len(value) and not 1 <= value.min() <= value.max() < 2**31):
+            raise self._wrong(key, "whole numbers above zero")
         if len(value) != 1:
             raise NotImplementedError(f"{self.path}: {key!r} differs between layers ({value}); one value is supported")
         return int(value[0])
@@ -101,9 +116,9 @@ def hf_config(
     key = metadata.of_model
     model_type, class_name = ARCHITECTURES[metadata.architecture]
     heads = metadata.uniform(key("attention.head_count"))
-    hidden_size = metadata[key("embedding_length")]
-    head_dim = metadata.get(key("attention.key_length"), hidden_size // heads)
-    rotary = metadata.get(key("rope.dimension_count"), head_dim)
+    hidden_size = metadata.whole(key("embedding_length"))
+    head_dim = metadata.whole(key("attention.key_length"), hidden_size // heads)
+    rotary = metadata.whole(key("rope.dimension_count"), head_dim)
     if rotary != head_dim and model_type != "phi3":
         raise NotImplementedError(
             f"{metadata.path}: rotary embedding over {rotary} of {head_dim} dimensions; only all of them is supported"
@@ -114,12 +129,12 @@ def hf_config(
         "hidden_act": "gelu_pytorch_tanh" if model_type.startswith("gemma") else "silu",
         "hidden_size": hidden_size,
         "intermediate_size": metadata.uniform(key("feed_forward_length")),
-        "num_hidden_layers": metadata[key("block_count")],
+        "num_hidden_layers": metadata.whole(key("block_count")),
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads(metadata),
         "head_dim": head_dim,
         "vocab_size": vocab_size,
-        "max_position_embeddings": metadata[key("context_length")],
+        "max_position_embeddings": metadata.whole(key("context_length")),
         "rms_norm_eps": metadata.decimal(key("attention.layer_norm_rms_epsilon")),
         "rope_theta": _rope_theta(metadata),
         "rope_scaling": _rope_scaling(metadata, factors, head_dim),
@@ -203,7 +218,7 @@ def _rope_scaling(metadata: Metadata, by_word: Mapping[str, np.ndarray], head_di
         "original_max_position_embeddings": 8192,
     }
     # The factors were made in float32 from a recipe of which every Llama 3 differs in `factor` alone.
-    if np.allclose(factors, _llama3_factors(recipe, _rope_theta(metadata), head_dim), rtol=1e-5, atol=0):
+    if np.allclose(factors, llama3_factors(recipe, _rope_theta(metadata), head_dim), rtol=1e-5, atol=0):
         return recipe
     return {"rope_type": "freq_factors", "factors": [float(factor) for factor in factors]}
 
@@ -220,10 +235,11 @@ def _yarn(metadata: Metadata, factor: float) -> dict[str, Any]:
     return scaling
 
 
-def _llama3_factors(recipe: dict[str, Any], theta: float, head_dim: int) -> np.ndarray:
+def llama3_factors(recipe: Mapping[str, Any], theta: float, head_dim: int) -> np.ndarray:
     """Divisors [head_dim / 2] of Llama 3.1: 1 for short waves, `factor` for long ones, harmonic means in between."""
     original = recipe["original_max_position_embeddings"]
     turns = original * theta ** (-np.arange(0, head_dim, 2) / head_dim) / (2 * math.pi)
-    low, high = recipe["low_freq_factor"], recipe["high_freq_factor"]
-    smooth = np.clip((turns - low) / (high - low), 0.0, 1.0)
-    return 1.0 / ((1.0 - smooth) / recipe["factor"] + smooth)
+    low, high = recipe.get("low_freq_factor", 1.0), recipe.get("high_freq_factor", 4.0)
+    with np.errstate(all="ignore"):
+        smooth = np.clip((turns - low) / (high - low), 0.0, 1.0)
+        return 1.0 / ((1.0 - smooth) / np.float64(recipe["factor"]) + smooth)

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from gguf import MODEL_ARCH, TensorNameMap, get_tensor_name_map
 
+from convert.gguf.config import llama3_factors
+
 log = logging.getLogger(__name__)
 
 
@@ -113,20 +115,27 @@ class Description:
             "attention.head_count_kv": self._kv_heads,
             "attention.key_length": self._head_dim,
             "attention.value_length": self._head_dim,
-            "attention.layer_norm_rms_epsilon": float(config.get("rms_norm_eps", 1e-6)),
+            "attention.layer_norm_rms_epsilon": float(config.get("rms_norm_eps") or 1e-6),
             "rope.dimension_count": int(self._head_dim * partial),
         }
+
+
+class _Rope(dict[str, Any]):
+    """Rope parameters; looking up one that is missing raises an error that says what to do."""
+
+    def __missing__(self, key: str) -> Any:
+        raise ValueError(f"config.json: rope scaling {self.get('rope_type')!r} lacks {key}; complete the file")
 
 
 def _rope_parameters(config: Mapping[str, Any]) -> tuple[Mapping[str, Any], float | None]:
     """The parameters of layers that see everything, in transformers 5's form, and the base of windowed layers."""
     parameters = config.get("rope_parameters")
     if parameters and "full_attention" in parameters:
-        return parameters["full_attention"], parameters.get("sliding_attention", {}).get("rope_theta")
+        return _Rope(parameters["full_attention"]), parameters.get("sliding_attention", {}).get("rope_theta")
     scaling = parameters or config.get("rope_scaling") or {}
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
     theta = scaling.get("rope_theta") or config.get("rope_theta") or 10000.0
-    return {**scaling, "rope_type": kind, "rope_theta": theta}, config.get("rope_local_base_freq")
+    return _Rope({**scaling, "rope_type": kind, "rope_theta": theta}), config.get("rope_local_base_freq")
 
 
 def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -174,11 +183,12 @@ def _rotary_factors(config: Mapping[str, Any], head_dim: int) -> dict[str, np.nd
         return {"rope_freqs.weight": np.asarray(rope["factors"], np.float32)}
     if kind != "llama3":
         return {}
-    # Short waves keep their speed, long ones are slowed by `factor`, those in between by harmonic means.
-    turns = rope["original_max_position_embeddings"] * rope["rope_theta"] ** (-np.arange(0, head_dim, 2) / head_dim)
-    low, high = rope.get("low_freq_factor", 1.0), rope.get("high_freq_factor", 4.0)
-    smooth = np.clip((turns / (2 * math.pi) - low) / (high - low), 0.0, 1.0)
-    return {"rope_freqs.weight": (1 / ((1 - smooth) / rope["factor"] + smooth)).astype(np.float32)}
+    factors = llama3_factors(rope, rope["rope_theta"], head_dim).astype(np.float32)
+    if not (np.isfinite(factors) & (factors > 0)).all():
+        raise ValueError(
+            "config.json: its llama3 rope scaling gives factors that are no numbers above zero; complete it"
+        )
+    return {"rope_freqs.weight": factors}
 
 
 def _windows(config: Mapping[str, Any], architecture: Architecture) -> dict[str, Any]:

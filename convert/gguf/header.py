@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGUF_DEFAULT_ALIGNMENT, GGMLQuantizationType, GGUFValueType
 
+# ggml's own limit.
+_MAX_AXES = 4
 _SCALARS = {
     GGUFValueType.UINT8: "B",
     GGUFValueType.INT8: "b",
@@ -81,12 +83,19 @@ def _parse(cursor: _Cursor) -> tuple[dict[str, Any], dict[str, RawTensor]]:
     metadata: dict[str, Any] = {}
     for _ in range(metadata_count):
         key = cursor.string()
+        if key in metadata:
+            raise ValueError(f"{path}: metadata key {key[:200]!r} is there twice; convert the model again")
         metadata[key] = cursor.value(cursor.scalar("I"))
 
     entries = {}
     for _ in range(tensor_count):
         name = cursor.string()
-        shape = tuple(reversed([cursor.scalar("Q") for _ in range(cursor.scalar("I"))]))
+        axes = cursor.scalar("I")
+        if axes > _MAX_AXES:
+            raise ValueError(
+                f"{path}: tensor {name[:200]!r} has {axes} axes, of at most {_MAX_AXES}; download it again"
+            )
+        shape = tuple(reversed([cursor.scalar("Q") for _ in range(axes)]))
         if name in entries:
             raise ValueError(f"{path}: tensor {name!r} is listed twice; convert the model again")
         entries[name] = shape, cursor.scalar("I"), cursor.scalar("Q")
@@ -98,6 +107,15 @@ def _parse(cursor: _Cursor) -> tuple[dict[str, Any], dict[str, RawTensor]]:
         )
     start = -(-cursor.at // alignment) * alignment
     tensors = {name: _tensor(name, *entry, start, cursor) for name, entry in entries.items()}
+    end = start
+    for name, tensor in tensors.items():
+        # One behind the other in the order of the table, as llama.cpp demands too.
+        if tensor.offset != end:
+            raise ValueError(
+                f"{path}: the header lies about tensor {name!r}: it is at byte {end}, it claims {tensor.offset}; "
+                "download the file again"
+            )
+        end += -(-tensor.nbytes // alignment) * alignment
     return metadata, tensors
 
 
@@ -149,7 +167,7 @@ class _Cursor:
         if kind == GGUFValueType.STRING:
             return self._strings(count)
         if kind == GGUFValueType.ARRAY:
-            return [self.value(kind) for _ in range(count)]
+            raise ValueError(f"{self.path}: arrays in arrays at byte {self.at}, which no key has; download it again")
         dtype = np.dtype(self._code(kind)).newbyteorder("<")
         end = self.at + count * dtype.itemsize
         if end > len(self.data):

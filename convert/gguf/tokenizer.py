@@ -39,7 +39,7 @@ def build_tokenizer(metadata: Metadata) -> PreTrainedTokenizerFast:
             f"tokenizer.ggml.token_type {len(kinds)}; the three must be equal: convert the model again"
         )
 
-    algorithm = metadata["tokenizer.ggml.model"]
+    algorithm = str(metadata["tokenizer.ggml.model"])
     if algorithm == "gpt2":
         backend = byte_level_bpe(metadata, vocab)
     elif algorithm == "llama":
@@ -75,7 +75,7 @@ def _special_ids(metadata: Metadata, backend: Backend, kinds: np.ndarray) -> dic
         token_id = metadata.get(key, backend.special_ids.get(role))
         if token_id is None:
             continue
-        if token_id >= len(kinds):
+        if not isinstance(token_id, int) or not 0 <= token_id < len(kinds):
             raise ValueError(f"{metadata.path}: {key} is {token_id}, of {len(kinds)} tokens; convert the model again")
         # Naming an ordinary word as padding or unknown would cut it out of running text.
         if role in ("bos", "eos") or kinds[token_id] in _ADDED:
