@@ -1,7 +1,8 @@
 """Causal attention by tiles that never leave the multiprocessor, as Pallas kernels through Triton.
 
 Why it exists: packed rows, soft-caps and windows in O(T) memory, where cuDNN has no soft-cap and takes a matrix for the
-documents. Tiles of keys that no query of a tile sees, being of other documents or beyond the window, are not visited
+documents. Tiles of keys that no query of a tile sees, being of other documents or beyond the window, are not visited,
+and of those that every query sees whole nothing is masked
 (FlashAttention-2, arXiv:2307.08691; gradients of keys sum over the heads they serve, so results repeat bit for bit).
 Numerics: scores, soft-cap and softmax in float32; weights and their gradients are rounded to q's dtype for the
 products. Refuses head widths that are no power of two from 16 to 256.
@@ -27,8 +28,9 @@ from pallas_kernels._triton import WHOLE, row_kernel_reason, triton_call
 from pallas_kernels.attention.xla import Form
 
 _LOG2E = math.log2(math.e)
-# Below every score, and finite: a tile that a query sees nothing of must not make NaN.
-_MASKED = -1e30
+# Below every score, and finite: a tile that a query sees nothing of must not make NaN. A power of two, so that its
+# product with a factor is exact: fused with the subtraction of the largest score it must come to zero, and no more.
+_MASKED = -(2.0**100)
 # Bytes of shared memory that a program may have, by compute capability.
 _SHARED_BYTES = {8.0: 163_000, 8.7: 163_000, 9.0: 227_000, 10.0: 227_000}
 _LEAST_SHARED_BYTES = 99_000
@@ -92,32 +94,66 @@ def _tiles(name: str, q: Array) -> Tiles:
     return tiles._replace(stages=max(1, min(tiles.stages, fitting)))
 
 
-def _visited(segment_ids: Array | None, shape: tuple[int, ...], form: Form, tiles: Tiles) -> Array:
-    """Which tiles of keys a tile of queries may see some of, bool [B, query tiles, key tiles]; the last tile that it
-    sees is on the diagonal, always.
+class _Span(NamedTuple):
+    """The tiles that one tile has to do with: first to end, of which whole_first to whole_end need no mask."""
+
+    first: Array
+    whole_first: Array
+    whole_end: Array
+    end: Array
+
+    def masked(self) -> Array:
+        """How many tiles are masked: those in front of the whole ones, and those behind."""
+        return self.end - self.first - (self.whole_end - self.whole_first)
+
+    def masked_tile(self, step: Array) -> Array:
+        """The tile of one of these steps."""
+        tile = self.first + step
+        return jnp.where(tile < self.whole_first, tile, tile + self.whole_end - self.whole_first)
+
+
+def _spans(seen: tuple[Array, Array], axis: int) -> Array:
+    """A `_Span` of tiles along `axis` of `_seen`'s results for each tile along the other: int32 [B, tiles, 4].
+
+    Where whole tiles are not all beside each other, those from the first one on until one is not whole count as such.
+    """
+    some, whole = (jnp.moveaxis(x, axis, 2) for x in seen)
+    index, count = jnp.arange(some.shape[2]), some.shape[2]
+    first, end = jnp.argmax(some, axis=2), count - jnp.argmax(some[..., ::-1], axis=2)
+    whole_first = jnp.where(jnp.any(whole, axis=2), jnp.argmax(whole, axis=2), end)
+    broken = ~whole & (index >= whole_first[..., None])
+    whole_end = jnp.where(jnp.any(broken, axis=2), jnp.argmax(broken, axis=2), count)
+    return jnp.stack([first, whole_first, jnp.where(whole_first < end, whole_end, end), end], axis=2).astype(jnp.int32)
+
+
+def _seen(segment_ids: Array | None, shape: tuple[int, ...], form: Form, tiles: Tiles) -> tuple[Array, Array]:
+    """Which tiles of keys a tile of queries may see some of, and which each of its queries sees whole: bool
+    [B, query tiles, key tiles]. On the diagonal there is always something to see, and always something masked.
 
     Documents are told apart by the least and the largest number in a tile: exactly where numbers rise along a row, and
     with some tiles too many where they do not.
     """
     b, t = shape[:2]
     first_query, first_key = (np.arange(0, t, size) for size in (tiles.queries, tiles.keys))
-    last_query, last_key = (
-        np.minimum(x + s, t) - 1 for x, s in ((first_query, tiles.queries), (first_key, tiles.keys))
-    )
-    seen = first_key[None, :] <= last_query[:, None]
+    end_query, end_key = first_query + tiles.queries, first_key + tiles.keys
+    some = first_key[None, :] < np.minimum(end_query, t)[:, None]
+    # What ends behind the row is not whole, nor is a tile of one: its last tile must be there to be masked.
+    whole = (end_key[None, :] <= first_query[:, None]) & (end_query[:, None] <= t)
     if form.window is not None:
-        seen &= last_key[None, :] > first_query[:, None] - form.window
-    seen_1xQxS = jnp.asarray(seen)[None]
+        some &= np.minimum(end_key, t)[None, :] > first_query[:, None] - form.window + 1
+        whole &= first_key[None, :] > end_query[:, None] - 1 - form.window
+    some_1xQxS, whole_1xQxS = jnp.asarray(some)[None], jnp.asarray(whole)[None]
     if segment_ids is None:
-        return jnp.broadcast_to(seen_1xQxS, (b, *seen.shape))
+        return jnp.broadcast_to(some_1xQxS, (b, *some.shape)), jnp.broadcast_to(whole_1xQxS, (b, *some.shape))
 
     def extremes(size: int) -> tuple[Array, Array]:
         padded = jnp.pad(segment_ids, ((0, 0), (0, -t % size)), mode="edge").reshape(b, -1, size)
         return jnp.min(padded, axis=2), jnp.max(padded, axis=2)
 
     (q_least, q_most), (k_least, k_most) = extremes(tiles.queries), extremes(tiles.keys)
-    same = (k_least[:, None, :] <= q_most[:, :, None]) & (k_most[:, None, :] >= q_least[:, :, None])
-    return seen_1xQxS & same
+    related = (k_least[:, None, :] <= q_most[:, :, None]) & (k_most[:, None, :] >= q_least[:, :, None])
+    one = (q_least == q_most)[:, :, None] & (k_least == k_most)[:, None, :] & (q_least[:, :, None] == k_least[:, None])
+    return some_1xQxS & related, whole_1xQxS & one
 
 
 class _Reader:
@@ -130,9 +166,13 @@ class _Reader:
         """Which rows of a tile exist; None if all do."""
         return None if self.length % size == 0 else first + lax.iota(jnp.int32, size) < self.length
 
-    def rows(self, ref: Any, first: Array, size: int, head: Array) -> Array:
-        """[size, H] of one head; zeros where there are no rows."""
-        inside = self.inside(first, size)
+    def span(self, ref: Any, tile: Array) -> _Span:
+        """What `_spans` says of a tile."""
+        return _Span(*(ref[self.batch, tile, i] for i in range(4)))
+
+    def rows(self, ref: Any, first: Array, size: int, head: Array, *, whole: bool = False) -> Array:
+        """[size, H] of one head; zeros where there are no rows, which a `whole` tile has no room for."""
+        inside = None if whole else self.inside(first, size)
         mask = None if inside is None else jnp.broadcast_to(inside[:, None], (size, ref.shape[3]))
         return plt.load(self.at(ref, first, size, head), mask=mask, other=None if mask is None else 0.0)
 
@@ -146,9 +186,9 @@ class _Reader:
         """A reference to [size, H] of one head."""
         return ref.at[self.batch, pl.ds(first, size), head, :]
 
-    def numbers(self, ref: Any, first: Array, size: int, head: Array) -> Array:
+    def numbers(self, ref: Any, first: Array, size: int, head: Array, *, whole: bool = False) -> Array:
         """[size] of an array [B, N, T]."""
-        inside = self.inside(first, size)
+        inside = None if whole else self.inside(first, size)
         return plt.load(
             ref.at[self.batch, head, pl.ds(first, size)], mask=inside, other=None if inside is None else 0.0
         )
@@ -174,16 +214,17 @@ class _Reader:
         return seen
 
 
-def _scores(a: Array, b: Array, seen: Array, form: Form) -> Array:
-    """a b^T as scores in units of log 2, masked."""
-    products = _dot(a, b, trans_b=True)
-    if form.cap is None:
-        scores = products * (form.scale * _LOG2E)
-    else:
+def _scores(a: Array, b: Array, seen: Array | None, form: Form) -> tuple[Array, float]:
+    """a b^T as scores, masked but for None, and the factor that makes their unit log 2; it is positive, so that the
+    largest score may be looked for before it is multiplied."""
+    scores, factor = _dot(a, b, trans_b=True), form.scale * _LOG2E
+    if form.cap is not None:
         # tanh by way of exp2: the hardware's own is off by 2^-11, which the cap multiplies.
-        power = jnp.exp2(products * (2 * form.scale * _LOG2E / form.cap))
-        scores = (form.cap * _LOG2E) * (1 - 2 / (1 + power))
-    return jnp.where(seen, scores, _MASKED)
+        power = jnp.exp2(scores * (2 * factor / form.cap))
+        scores, factor = 1 - 2 / (1 + power), form.cap * _LOG2E
+    elif not factor > 0:
+        scores, factor = scores * factor, 1.0
+    return scores if seen is None else jnp.where(seen, scores, _MASKED), factor
 
 
 def _dot(a: Array, b: Array, **transposed: bool) -> Array:
@@ -196,7 +237,7 @@ def _d_scores(weights: Array, d_weights: Array, along: Array, scores: Array, for
     d_scores = weights * (d_weights - along)
     if form.cap is not None:
         # Where a score is masked its weight is zero, and any finite slope will do.
-        capped = jnp.maximum(scores * (1 / (form.cap * _LOG2E)), -1.0)
+        capped = jnp.maximum(scores, -1.0)
         d_scores *= 1 - capped * capped
     return d_scores
 
@@ -205,39 +246,37 @@ def _forward(q: Array, k: Array, v: Array, segment_ids: Array | None, form: Form
     """The result, and log2 of each query's sum, float32 [B, N, T]."""
     (b, t, n, width), group = q.shape, q.shape[2] // k.shape[2]
     tiles = _tiles("forward", q)
-    first_tiles = jnp.argmax(_visited(segment_ids, q.shape, form, tiles), axis=2).astype(jnp.int32)
+    spans = _spans(_seen(segment_ids, q.shape, form, tiles), axis=2)
 
-    def kernel(first_ref: Any, q_ref: Any, k_ref: Any, v_ref: Any, *rest: Any) -> None:
+    def kernel(spans_ref: Any, q_ref: Any, k_ref: Any, v_ref: Any, *rest: Any) -> None:
         (out_ref, sums_ref), batch, head = rest[-2:], pl.program_id(2), pl.program_id(1)
         reader = _Reader(batch, t, rest[0] if segment_ids is not None else None)
         # The last queries have the most to do, and begin first.
-        tile = first_tiles.shape[1] - 1 - pl.program_id(0)
-        query = tile * tiles.queries
+        tile = spans.shape[1] - 1 - pl.program_id(0)
+        query, span = tile * tiles.queries, reader.span(spans_ref, tile)
         queries = reader.rows(q_ref, query, tiles.queries, head)
 
-        def add(step: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
+        def add(tile: Array, carry: tuple[Array, ...], whole: bool) -> tuple[Array, ...]:
             highest, total, sums = carry
-            key = step * tiles.keys
-            keys = reader.rows(k_ref, key, tiles.keys, head // group)
-            seen = reader.visible(query, key, tiles, form, keys_first=False)
-            scores = _scores(queries, keys, seen, form)
-            risen = jnp.maximum(highest, jnp.max(scores, axis=1))
-            shrink, weights = jnp.exp2(highest - risen), jnp.exp2(scores - risen[:, None])
-            values = reader.rows(v_ref, key, tiles.keys, head // group)
+            key = tile * tiles.keys
+            keys = reader.rows(k_ref, key, tiles.keys, head // group, whole=whole)
+            seen = None if whole else reader.visible(query, key, tiles, form, keys_first=False)
+            scores, factor = _scores(queries, keys, seen, form)
+            risen = jnp.maximum(highest, jnp.max(scores, axis=1) * factor)
+            shrink, weights = jnp.exp2(highest - risen), jnp.exp2(scores * factor - risen[:, None])
+            values = reader.rows(v_ref, key, tiles.keys, head // group, whole=whole)
             sums = sums * shrink[:, None] + _dot(weights.astype(values.dtype), values)
             return risen, total * shrink + jnp.sum(weights, axis=1), sums
 
         start = jnp.full((tiles.queries,), _MASKED, jnp.float32), jnp.zeros((tiles.queries,), jnp.float32)
-        last = (jnp.minimum(query + tiles.queries, t) - 1) // tiles.keys
-        zeros = jnp.zeros((tiles.queries, width), jnp.float32)
-        highest, total, sums = lax.fori_loop(first_ref[batch, tile], last + 1, add, (*start, zeros))
+        highest, total, sums = _over(span, add, (*start, jnp.zeros((tiles.queries, width), jnp.float32)))
         reader.store(out_ref, query, head, sums / total[:, None])
         at = sums_ref.at[batch, head, pl.ds(query, tiles.queries)]
         plt.store(at, highest + jnp.log(total) * _LOG2E, mask=reader.inside(query, tiles.queries))
 
     shapes = [jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((b, n, t), jnp.float32)]
-    grid = (first_tiles.shape[1], n, b)
-    out, sums = _call("attention", kernel, shapes, grid, tiles, first_tiles, q, k, v, segment_ids)
+    grid = (spans.shape[1], n, b)
+    out, sums = _call("attention", kernel, shapes, grid, tiles, spans, q, k, v, segment_ids)
     return out, sums
 
 
@@ -246,36 +285,34 @@ def _d_queries(
 ) -> Array:
     (b, t, n, width), group = q.shape, q.shape[2] // k.shape[2]
     tiles = _tiles("queries", q)
-    first_tiles = jnp.argmax(_visited(segment_ids, q.shape, form, tiles), axis=2).astype(jnp.int32)
+    spans = _spans(_seen(segment_ids, q.shape, form, tiles), axis=2)
 
     def kernel(
-        first_ref: Any, q_ref: Any, k_ref: Any, v_ref: Any, do_ref: Any, sums_ref: Any, along_ref: Any, *rest: Any
+        spans_ref: Any, q_ref: Any, k_ref: Any, v_ref: Any, do_ref: Any, sums_ref: Any, along_ref: Any, *rest: Any
     ) -> None:
         batch, head = pl.program_id(2), pl.program_id(1)
         reader = _Reader(batch, t, rest[0] if segment_ids is not None else None)
-        tile = first_tiles.shape[1] - 1 - pl.program_id(0)
-        query = tile * tiles.queries
+        tile = spans.shape[1] - 1 - pl.program_id(0)
+        query, span = tile * tiles.queries, reader.span(spans_ref, tile)
         queries, d_rows = (reader.rows(ref, query, tiles.queries, head) for ref in (q_ref, do_ref))
         row_sums, row_along = (reader.numbers(ref, query, tiles.queries, head) for ref in (sums_ref, along_ref))
 
-        def add(step: Array, dq: Array) -> Array:
-            key = step * tiles.keys
-            keys, values = (reader.rows(ref, key, tiles.keys, head // group) for ref in (k_ref, v_ref))
-            seen = reader.visible(query, key, tiles, form, keys_first=False)
-            scores = _scores(queries, keys, seen, form)
-            weights = jnp.exp2(scores - row_sums[:, None])
+        def add(tile: Array, dq: Array, whole: bool) -> Array:
+            key = tile * tiles.keys
+            keys, values = (reader.rows(ref, key, tiles.keys, head // group, whole=whole) for ref in (k_ref, v_ref))
+            seen = None if whole else reader.visible(query, key, tiles, form, keys_first=False)
+            scores, factor = _scores(queries, keys, seen, form)
+            weights = jnp.exp2(scores * factor - row_sums[:, None])
             d_weights = _dot(d_rows, values, trans_b=True)
             d_scores = _d_scores(weights, d_weights, row_along[:, None], scores, form)
             return dq + _dot(d_scores.astype(keys.dtype), keys)
 
-        last = (jnp.minimum(query + tiles.queries, t) - 1) // tiles.keys
-        zeros = jnp.zeros((tiles.queries, width), jnp.float32)
-        dq = lax.fori_loop(first_ref[batch, tile], last + 1, add, zeros)
+        dq = _over(span, add, jnp.zeros((tiles.queries, width), jnp.float32))
         reader.store(rest[-1], query, head, dq * form.scale)
 
-    operands = (first_tiles, q, k, v, d_out, log_sums, along, segment_ids)
+    operands = (spans, q, k, v, d_out, log_sums, along, segment_ids)
     shapes = [jax.ShapeDtypeStruct(q.shape, q.dtype)]
-    (dq,) = _call("attention_d_queries", kernel, shapes, (first_tiles.shape[1], n, b), tiles, *operands)
+    (dq,) = _call("attention_d_queries", kernel, shapes, (spans.shape[1], n, b), tiles, *operands)
     return dq
 
 
@@ -285,42 +322,59 @@ def _d_keys(
     (b, t, _, width), kv_heads = q.shape, k.shape[2]
     group = q.shape[2] // kv_heads
     tiles = _tiles("keys", q)
-    visited = _visited(segment_ids, q.shape, form, tiles)
-    ends = (visited.shape[1] - jnp.argmax(visited[:, ::-1], axis=1)).astype(jnp.int32)
+    spans = _spans(_seen(segment_ids, q.shape, form, tiles), axis=1)
 
     def kernel(
-        end_ref: Any, q_ref: Any, k_ref: Any, v_ref: Any, do_ref: Any, sums_ref: Any, along_ref: Any, *rest: Any
+        spans_ref: Any, q_ref: Any, k_ref: Any, v_ref: Any, do_ref: Any, sums_ref: Any, along_ref: Any, *rest: Any
     ) -> None:
         tile, kv_head, batch = pl.program_id(0), pl.program_id(1), pl.program_id(2)
         reader = _Reader(batch, t, rest[0] if segment_ids is not None else None)
-        key = tile * tiles.keys
+        key, span = tile * tiles.keys, reader.span(spans_ref, tile)
         keys, values = (reader.rows(ref, key, tiles.keys, kv_head) for ref in (k_ref, v_ref))
-        begin, end = key // tiles.queries, end_ref[batch, tile]
 
-        def add(step: Array, sums: tuple[Array, Array]) -> tuple[Array, Array]:
-            # One loop over all tiles of all heads that these keys serve.
-            head, query = kv_head * group + step // (end - begin), (begin + step % (end - begin)) * tiles.queries
-            queries, d_rows = (reader.rows(ref, query, tiles.queries, head) for ref in (q_ref, do_ref))
-            row_sums, row_along = (reader.numbers(ref, query, tiles.queries, head) for ref in (sums_ref, along_ref))
-            seen = reader.visible(query, key, tiles, form, keys_first=True)
-            if (inside := reader.inside(query, tiles.queries)) is not None:
+        def add(tile: Array, sums: tuple[Array, Array], whole: bool, head: Array) -> tuple[Array, Array]:
+            query = tile * tiles.queries
+            queries, d_rows = (reader.rows(ref, query, tiles.queries, head, whole=whole) for ref in (q_ref, do_ref))
+            row_sums, row_along = (
+                reader.numbers(ref, query, tiles.queries, head, whole=whole) for ref in (sums_ref, along_ref)
+            )
+            seen = None if whole else reader.visible(query, key, tiles, form, keys_first=True)
+            if seen is not None and (inside := reader.inside(query, tiles.queries)) is not None:
                 seen &= inside[None, :]
-            scores = _scores(keys, queries, seen, form)
-            weights = jnp.exp2(scores - row_sums[None, :])
+            scores, factor = _scores(keys, queries, seen, form)
+            weights = jnp.exp2(scores * factor - row_sums[None, :])
             d_weights = _dot(values, d_rows, trans_b=True)
             d_scores = _d_scores(weights, d_weights, row_along[None, :], scores, form)
             dk = sums[0] + _dot(d_scores.astype(queries.dtype), queries)
             return dk, sums[1] + _dot(weights.astype(d_rows.dtype), d_rows)
 
         zeros = jnp.zeros((tiles.keys, width), jnp.float32)
-        dk, dv = lax.fori_loop(0, group * (end - begin), add, (zeros, zeros))
+        dk, dv = _over(span, add, (zeros, zeros), first_head=kv_head * group, heads=group)
         reader.store(rest[-2], key, kv_head, dk * form.scale)
         reader.store(rest[-1], key, kv_head, dv)
 
-    operands = (ends, q, k, v, d_out, log_sums, along, segment_ids)
+    operands = (spans, q, k, v, d_out, log_sums, along, segment_ids)
     shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (k, v)]
-    dk, dv = _call("attention_d_keys", kernel, shapes, (ends.shape[1], kv_heads, b), tiles, *operands)
+    dk, dv = _call("attention_d_keys", kernel, shapes, (spans.shape[1], kv_heads, b), tiles, *operands)
     return dk, dv
+
+
+def _over(span: _Span, add: Callable[..., Any], start: Any, *, first_head: Any = 0, heads: int | None = None) -> Any:
+    """The fold of add(tile, carry, whole) over a span's tiles; with `heads`, of add(tile, carry, whole, head) over the
+    tiles of each of these heads, in one loop."""
+    masked, whole = span.masked(), span.whole_end - span.whole_first
+
+    def folded(carry: Any, count: Array, tile_of: Callable[[Array], Array], is_whole: bool) -> Any:
+        if heads is None:
+            return lax.fori_loop(0, count, lambda step, carry: add(tile_of(step), carry, is_whole), carry)
+
+        def step_of_heads(step: Array, carry: Any) -> Any:
+            return add(tile_of(step % count), carry, is_whole, first_head + step // count)
+
+        return lax.fori_loop(0, heads * count, step_of_heads, carry)
+
+    carry = folded(start, masked, span.masked_tile, False)
+    return folded(carry, whole, lambda step: span.whole_first + step, True)
 
 
 def _call(

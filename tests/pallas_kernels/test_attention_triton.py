@@ -85,14 +85,42 @@ def test_values_and_gradients(
         assert np.linalg.norm(ours - true) <= limit
 
 
-def test_tiles_of_other_documents_are_not_visited() -> None:
-    tiles = kernels.Tiles(16, 8, 4, 1)
-    segments = jnp.asarray(np.repeat([[1, 2, 3, 0]], 16, axis=1).reshape(1, 64, order="C"), jnp.int32)
-    segments = jnp.sort(segments, axis=1)
-    visited = np.asarray(kernels._visited(segments, (1, 64), kernels.Form(1.0), tiles))[0]
-    index = np.arange(64)
-    seen = (index[None] <= index[:, None]) & (np.asarray(segments)[0][None] == np.asarray(segments)[0][:, None])
-    np.testing.assert_array_equal(visited, seen.reshape(4, 16, 8, 8).any(axis=(1, 3)))
+@pytest.mark.parametrize("scale", [0.2, 0.0, -0.3])
+def test_rows_that_see_nothing_of_a_tile_and_any_scale(scale: float) -> None:
+    """Whatever the compiler fuses: a masked score minus the largest of masked scores is nothing, and not its error."""
+    q, k, v, _ = draw(1, 200, 4, 2, 32, "float32")
+    index = jnp.arange(200)
+    with interpreted():
+        y = attention(q, k, v, window=70, scale=scale, implementation="triton")
+    np.testing.assert_allclose(
+        y, attention_reference(q, k, v, visible(index, index, None, None, 70), scale, None), atol=3e-6
+    )
+
+
+@pytest.mark.parametrize("window", [None, 20])
+@pytest.mark.parametrize("t", [64, 61])
+@pytest.mark.parametrize("axis", [1, 2])
+def test_tiles_that_nobody_sees_are_not_visited_and_whole_ones_not_masked(
+    t: int, window: int | None, axis: int
+) -> None:
+    tiles = kernels.Tiles(8, 4, 4, 1)
+    segments = np.repeat([1, 2, 3], [25, 24, t - 49])
+    index = np.arange(t)
+    seen = (index[None] <= index[:, None]) & (segments[None] == segments[:, None])
+    if window is not None:
+        seen &= index[None] > index[:, None] - window
+    filled = np.pad(seen, (0, 64 - t)).reshape(8, 8, 16, 4)
+    some, whole = filled.any(axis=(1, 3)), filled.all(axis=(1, 3))
+    if axis == 1:
+        some, whole = some.T, whole.T
+    ids = jnp.asarray(segments[None], jnp.int32)
+    spans = kernels._spans(kernels._seen(ids, (1, t), kernels.Form(1.0, window), tiles), axis)[0]
+    for row, (first, whole_first, whole_end, end) in enumerate(np.asarray(spans)):
+        np.testing.assert_array_equal(np.flatnonzero(some[row]), np.arange(first, end))
+        np.testing.assert_array_equal(np.flatnonzero(whole[row]), np.arange(whole_first, whole_end))
+        span = kernels._Span(*(jnp.int32(x) for x in (first, whole_first, whole_end, end)))
+        masked = [int(span.masked_tile(jnp.int32(step))) for step in range(int(span.masked()))]
+        assert sorted([*masked, *range(whole_first, whole_end)]) == list(range(first, end))
 
 
 @pytest.mark.parametrize(
