@@ -16,7 +16,6 @@ import argparse
 import contextlib
 import dataclasses
 import io
-import json
 import logging
 import random
 import re
@@ -42,10 +41,11 @@ sys.path.insert(0, str(ROOT / "tests" / "support"))
 
 from runs import COLOURS, CONFIG, RUN, question, save_model, save_records  # noqa: E402
 
-from convert import bnb4bit, families  # noqa: E402
+from convert import families  # noqa: E402
+from convert.__main__ import main as convert  # noqa: E402
 from convert.checkpoint import open_checkpoint  # noqa: E402
 from convert.gguf.writer import write_gguf  # noqa: E402
-from convert.safetensors_io import TensorInfo, write_model  # noqa: E402
+from convert.safetensors_io import TensorInfo  # noqa: E402
 from jaxtune.config import DataConfig, LoraConfig, ModelConfig  # noqa: E402
 from jaxtune.config_io import load_config  # noqa: E402
 from jaxtune.data.dataset import build  # noqa: E402
@@ -106,17 +106,7 @@ def targets(root: Path) -> Iterator[Target]:
     )
 
     packed = root / "packed"
-    packed.mkdir()
-    save_model(packed)
-    plain = open_checkpoint(packed)
-    rng = np.random.default_rng(0)
-    slots = {slot.name: slot for slot in families.get("llama").slots(CONFIG)}
-    weights = [(name, slot.is_linear, rng.normal(size=slot.shape).astype(np.float32)) for name, slot in slots.items()]
-    (packed / "model.safetensors").unlink()
-    tensors = bnb4bit.packed_model(weights, double_quant=True)
-    write_model(packed, {name: TensorInfo(x.dtype, x.shape) for name, x in tensors.items()}, tensors.__getitem__)
-    stated = plain.hf_config | {"quantization_config": bnb4bit.quantization_config(compute_dtype="float32")}
-    (packed / "config.json").write_text(json.dumps(stated))
+    assert convert(["to-4bit", str(model), "--out", str(packed)]) == 0
     yield Target("bitsandbytes header", packed, "model.safetensors", _read_checkpoint)
     yield Target("bitsandbytes state", packed, "model.safetensors", _read_checkpoint, inside=b"quant_type")
 
