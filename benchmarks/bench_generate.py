@@ -4,20 +4,24 @@
 
 The model has the shape of Llama-3-8B, NF4 with double quantisation and an adapter of rank 16 on all seven linears, with
 random weights made on the device: the time of a token does not depend on them. Each case is a process of its own,
-since JAX cannot reset its peak counter. Before it is timed, the tokens are compared with those that the whole model
+since JAX cannot reset its peak counter. Before it is timed, its tokens are compared with those that the whole model
 gives without a cache. Times are medians of several generations after one that compiles; a token's time leaves out the
-prompt's. `--unroll` decodes with one program for all layers. `--tiny` takes a small shape and few tokens, to try the
-script on a CPU.
+prompt's. What is being done goes to stderr with its seconds. `--unroll` decodes with one program for all layers,
+`--xla-flags` are XLA's, `--profile` adds the kernels of a token by their time. `--tiny` takes a small shape and few
+tokens, to try the script on a CPU.
 """
 
 from __future__ import annotations
 
 import argparse
+import collections
 import dataclasses
 import json
+import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -54,12 +58,13 @@ class Case:
 
 
 CASES = {
-    "batch-1": Case(1, 64, 512),
-    "batch-16": Case(16, 64, 512),
+    "batch-1": Case(1, 64, 256),
+    "batch-16": Case(16, 64, 256),
     "prompt-2048": Case(1, 2048, 64),
     "batch-16-prompt-2048": Case(16, 2048, 64),
 }
-REPEATS = 5
+REPEATS = 3
+CHECKED = 24
 
 
 def make_generator(hf_config: dict[str, Any], unroll: bool) -> Generator:
@@ -70,11 +75,9 @@ def make_generator(hf_config: dict[str, Any], unroll: bool) -> Generator:
     return Generator(frozen, lora, decoder, adaptation(LORA), dtype, unroll)
 
 
-def check(generator: Generator) -> float:
+def check(generator: Generator, prompt: list[int], answer: list[int]) -> float:
     """How far the tokens' logits lie below the best ones of the whole model run without a cache, at most, in units of
     the logits' standard deviation: 0 but for near ties, which rounding decides."""
-    prompt = np.random.default_rng(5).integers(0, generator.decoder.vocab_size, 100).tolist()
-    (answer,) = generator.generate([prompt], max_new_tokens=24)
     tokens = jnp.asarray([prompt + answer[:-1]], jnp.int32)
 
     @jax.jit
@@ -96,38 +99,52 @@ def check(generator: Generator) -> float:
     return float(np.max((values.max(axis=1) - chosen) / values.std(axis=1)))
 
 
-def measure(name: str, tiny: bool, unroll: bool) -> dict[str, Any]:
+def progress(text: str, since: float) -> None:
+    """One line to stderr."""
+    print(f"{time.perf_counter() - since:6.1f} s  {text}", file=sys.stderr, flush=True)
+
+
+def measure(name: str, tiny: bool, unroll: bool, profiled: bool) -> dict[str, Any]:
     """One case, in this process."""
+    begun = time.perf_counter()
     hf_config = LLAMA_3_8B | (TINY if tiny else {})
     case = CASES[name]
     if tiny:
         case = dataclasses.replace(case, new=40)
     limit_memory(None)
+    # XLA's own generator compiles and draws billions of numbers faster.
+    jax.config.update("jax_default_prng_impl", "rbg")
     generator = make_generator(hf_config, unroll)
     jax.block_until_ready(generator.frozen)
+    progress("weights made", begun)
     held = tree_bytes(generator.frozen) + tree_bytes(generator.lora)
-    off = check(generator)
+    rng = np.random.default_rng(7)
+    prompts = rng.integers(0, generator.decoder.vocab_size, (case.batch, case.prompt)).tolist()
+
+    def generation() -> tuple[float, float, list[int]]:
+        """Seconds to the first tokens and of each one after them, and the first row's."""
+        started = time.perf_counter()
+        pieces = generator.stream(prompts, max_new_tokens=case.new)
+        answer = next(pieces)[0]
+        first, made = time.perf_counter(), len(answer)
+        for piece in pieces:
+            answer += piece[0]
+        ended = time.perf_counter()
+        assert len(answer) == case.new, answer
+        return first - started, (ended - first) / (case.new - made), answer
+
+    compiled = time.perf_counter()
+    *_, answer = generation()
+    compiled = time.perf_counter() - compiled
+    progress("first generation, with compiling", begun)
+    off = check(generator, prompts[0], answer[:CHECKED])
+    progress("checked", begun)
     row: dict[str, Any] = {"case": name, **dataclasses.asdict(case), "unroll": unroll, "off_best_logit": round(off, 4)}
     # Of bfloat16's rounding through all layers; a wrong cache or position is off by whole deviations.
     if not off < 0.2:
         return row | {"failed": "the tokens are not those of the whole model"}
-    rng = np.random.default_rng(7)
-    prompts = rng.integers(0, generator.decoder.vocab_size, (case.batch, case.prompt)).tolist()
-    first, each = [], []
-    compiled = time.perf_counter()
-    for repeat in range(REPEATS + 1):
-        started = time.perf_counter()
-        pieces = generator.stream(prompts, max_new_tokens=case.new)
-        made = len(next(pieces)[0])
-        prompt_done = time.perf_counter()
-        rest = sum(len(piece[0]) for piece in pieces)
-        ended = time.perf_counter()
-        assert made + rest == case.new, (made, rest)
-        if repeat == 0:
-            compiled = ended - started
-        else:
-            first.append(prompt_done - started)
-            each.append((ended - prompt_done) / rest)
+    first, each, _ = zip(*(generation() for _ in range(REPEATS)))
+    progress("timed", begun)
     a_token, device, peak = statistics.median(each), this_device(), device_peak()
     return row | {
         "compute": np.dtype(generator.dtype).name,
@@ -140,6 +157,40 @@ def measure(name: str, tiny: bool, unroll: bool) -> dict[str, Any]:
         "weights_gib": round(held / 2**30, 3),
         "peak_gib": None if peak is None else round(peak / 2**30, 3),
         "first_generation_s": round(compiled, 1),
+        **({"profile": profile(generator, prompts, case.new)} if profiled else {}),
+    }
+
+
+def profile(generator: Generator, prompts: list[list[int]], new: int) -> dict[str, Any]:
+    """Microseconds of a token by kernel, longest first, with how often each runs; and what is none of them."""
+    pieces = generator.stream(prompts, max_new_tokens=new)
+    for piece in pieces:
+        if len(piece[0]) >= 8:
+            break
+    micros: collections.Counter[str] = collections.Counter()
+    launches: collections.Counter[str] = collections.Counter()
+    begins, ends = [], []
+    with tempfile.TemporaryDirectory() as directory:
+        with jax.profiler.trace(directory):
+            made = len(next(pieces)[0])
+        (trace,) = Path(directory).rglob("*.xplane.pb")
+        for plane in jax.profiler.ProfileData.from_file(str(trace)).planes:
+            for line in plane.lines if "GPU" in plane.name else []:
+                for event in line.events if "Stream" in line.name else []:
+                    micros[event.name[:70]] += event.duration_ns / 1e3
+                    launches[event.name[:70]] += 1
+                    begins.append(event.start_ns)
+                    ends.append(event.start_ns + event.duration_ns)
+    span = (max(ends) - min(begins)) / 1e3 if ends else 0.0
+    return {
+        "tokens": made,
+        "us_per_token": round(span / made, 1),
+        "busy_us": round(sum(micros.values()) / made, 1),
+        "launches": round(sum(launches.values()) / made, 1),
+        "kernels": [
+            {"name": name, "us": round(total / made, 2), "launches": round(launches[name] / made, 2)}
+            for name, total in micros.most_common(40)
+        ],
     }
 
 
@@ -154,17 +205,22 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--tiny", action="store_true", help="a small shape, to try the script")
     parser.add_argument("--unroll", action="store_true", help="decode with one program for all layers")
+    parser.add_argument("--xla-flags", default="", help="added to XLA_FLAGS of each case")
+    parser.add_argument("--profile", action="store_true", help="one more dispatch, by kernel")
     parser.add_argument("--here", action="store_true", help="one case in this process, its row to stdout")
     options = parser.parse_args()
     if options.here:
-        print(json.dumps(measure(options.cases[0], options.tiny, options.unroll)))
+        print(json.dumps(measure(options.cases[0], options.tiny, options.unroll, options.profile)))
         return
     rows = []
-    flags = [f"--{flag}" for flag in ("tiny", "unroll") if getattr(options, flag)]
+    flags = [f"--{flag}" for flag in ("tiny", "unroll", "profile") if getattr(options, flag)]
+    environment = os.environ | {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {options.xla_flags}".strip()}
     for name in options.cases:
         command = [sys.executable, __file__, "--here", "--cases", name, *flags]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        rows.append({"case": name, "failed": done.stderr[-400:]} if done.returncode else json.loads(done.stdout))
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, env=environment)
+        failed = {"case": name, "failed": f"exit status {done.returncode}"}
+        rows.append(failed if done.returncode else json.loads(done.stdout))
+        rows[-1] |= {"xla_flags": options.xla_flags} if options.xla_flags else {}
         print(json.dumps(rows[-1]), flush=True)
     if options.out is not None:
         options.out.parent.mkdir(parents=True, exist_ok=True)
