@@ -11,6 +11,9 @@ from typing import Any, Literal
 from jaxtune.config_checks import check_range, check_types
 from jaxtune.errors import UserError, shown
 
+# What `train` and `eval` say of records that a program gave and no file holds.
+IN_MEMORY = "(in memory)"
+
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:

@@ -221,6 +221,12 @@ def _refuse_what_llama_cpp_lacks(config: Mapping[str, Any], architecture: Archit
             raise NotImplementedError(
                 f"config.json: layer_types is not the pattern of {every} that llama.cpp has for {architecture.name}"
             )
+    width = config["num_attention_heads"] * head_dim
+    if architecture.name in ("qwen2", "phi3") and width != config["hidden_size"]:
+        raise NotImplementedError(
+            f"config.json: {config['num_attention_heads']} heads of {head_dim} are {width} wide, hidden_size is "
+            f"{config['hidden_size']}; llama.cpp has {architecture.name} only where the two are equal"
+        )
     scalar = config.get("query_pre_attn_scalar")
     if scalar is not None:
         # llama.cpp knows the 27B models, which scale otherwise, by their number of layers.

@@ -17,6 +17,7 @@ from jaxtune.api.arguments import FOREIGN, SFTConfig, TrainingArguments
 from jaxtune.api.foreign import Foreign, ignored, refused, settle
 from jaxtune.api.model import Model
 from jaxtune.config import RunConfig
+from jaxtune.config_data import IN_MEMORY
 from jaxtune.config_io import from_dict
 from jaxtune.data.dataset import Dataset, build
 from jaxtune.data.loader import Loader
@@ -34,7 +35,6 @@ from jaxtune.train import fit
 if TYPE_CHECKING:
     import datasets
 
-IN_MEMORY = "(in memory)"
 # Collators that pad, or shift labels as every causal model does: what batches are here anyway.
 _PLAIN_COLLATORS = ("DataCollatorForSeq2Seq", "DataCollatorForLanguageModeling", "DataCollatorWithPadding")
 _IN_ARGS = "give it in args"

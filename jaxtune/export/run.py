@@ -16,6 +16,7 @@ from convert.merge import Base
 from convert.output import atomic_directory
 from convert.peft_modules import load_modules
 from jaxtune.config import DataConfig, LoraConfig, ModelConfig
+from jaxtune.config_data import IN_MEMORY
 from jaxtune.config_io import load_config
 from jaxtune.data.dataset import build
 from jaxtune.errors import UserError
@@ -164,6 +165,11 @@ def _held_out(tokenizer: Any, data: DataConfig | None, text: Path | None) -> dic
         return {"tokens": ids, "positions": positions, "segment_ids": np.ones_like(ids)}
     if data is None:
         raise UserError("there is no text to compare logits on; name one with --text FILE, or skip it with --no-verify")
+    if data.train == IN_MEMORY:
+        raise UserError(
+            "the run's records were in memory, and are not there to compare logits on; name a text with --text FILE, "
+            "or skip it with --no-verify"
+        )
     split = "eval" if data.eval_fraction is not None else next(iter(data.eval_sets), "train")
     batch = next(build(data, tokenizer, split).eval_batches(_ROWS))
     return {name: np.asarray(batch[name][:, :_ROW_LENGTH]) for name in ("tokens", "positions", "segment_ids")}

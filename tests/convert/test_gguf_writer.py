@@ -205,3 +205,10 @@ def test_tokenizers_that_gguf_cannot_say_are_refused(tmp_path: Path) -> None:
     metadata = vocabulary(PreTrainedTokenizerFast.from_pretrained(tmp_path), 330)
     assert metadata["tokenizer.ggml.pre"] == "gpt-2"
     assert not metadata["tokenizer.ggml.add_bos_token"]
+
+
+@pytest.mark.parametrize("model_type", ["qwen2", "phi3"])
+def test_heads_that_llama_cpp_has_no_place_for(model_type: str) -> None:
+    config, _ = block_cases.model(**next(iter(block_cases.MODELS.values())))
+    with pytest.raises(NotImplementedError, match=rf"heads of 48 are .* wide, .*llama.cpp has {model_type} only"):
+        Description(config | {"model_type": model_type, "head_dim": 48})

@@ -132,5 +132,9 @@ def test_too_far_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert config["dtype"] == "bfloat16"
     assert main(arguments[:4]) == 2
     assert "exists" in capsys.readouterr().err
+    config_file = run.path / "config.yaml"
+    config_file.write_text(config_file.read_text().replace(str(tmp_path / "records.jsonl"), "(in memory)"))
+    assert main([*arguments[:4], "--overwrite"]) == 2
+    assert "records were in memory" in capsys.readouterr().err
     with pytest.raises(UserError, match="no finished run"):
         export_run(tmp_path, ExportConfig("merged", tmp_path / "x"))

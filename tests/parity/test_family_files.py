@@ -74,7 +74,8 @@ def test_packed_weights(tmp_path: Path, name: str) -> None:
 def test_gguf(tmp_path: Path, name: str) -> None:
     """Written and read back: the same logits, with norms that went through w + 1 in float32."""
     case = family_cases.CASES[name]
-    family_cases.save(tmp_path / "hf", case)
+    # llama.cpp has no Qwen2 whose heads together are not as wide as the model.
+    family_cases.save(tmp_path / "hf", case, **({"hidden_size": 56} if name == "Qwen2" else {}))
     path = tmp_path / "model.gguf"
     checkpoint = open_checkpoint(tmp_path / "hf")
     write_gguf(path, checkpoint.hf_config, checkpoint.infos, checkpoint.read, None, file_type="F32")
