@@ -13,6 +13,7 @@ import jinja2
 from jaxtune.config import DataConfig
 from jaxtune.data.builtin_templates import chat_template_source
 from jaxtune.data.forms import Chat, Message
+from jaxtune.data.sandbox import TemplateLimitError
 from jaxtune.data.templates import ChatTemplate, Rendered, Span
 from jaxtune.errors import UserError, shown
 
@@ -55,6 +56,7 @@ class ChatRenderer:
 
         Raises:
             UserError: the template refuses the conversation, or leaves something of it out.
+            TemplateLimitError: it has been stopped, which is no record's fault.
         """
         rendered = self._render(chat.messages, chat.tools, at)
         altered = self._check(chat, rendered, at)
@@ -72,6 +74,8 @@ class ChatRenderer:
     ) -> Rendered:
         try:
             return self.template.render(messages, tools, add_generation_prompt=add_generation_prompt)
+        except TemplateLimitError as error:
+            raise TemplateLimitError(f"{at}: the chat template {error}; correct it, or use another") from error
         # TypeError and the like: a template that computes with what is not there.
         except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError, RecursionError) as error:
             roles = ", ".join(message["role"] for message in messages)

@@ -15,6 +15,7 @@ from jaxtune.config import DataConfig
 from jaxtune.data.chat import ChatRenderer, WeightedSpan
 from jaxtune.data.documents import Document
 from jaxtune.data.forms import Chat, Form, Text, Tokens, read_record
+from jaxtune.data.sandbox import TemplateLimitError
 from jaxtune.data.sources import Records, Unreadable
 from jaxtune.data.templates import Span
 from jaxtune.errors import UserError
@@ -76,7 +77,8 @@ class Encoder:
         """One document per record, in order and of any length; what cannot be used is an error, or counted.
 
         Raises:
-            UserError: a bad record, by file and 1-based number, where `data.on_bad_record` is error.
+            UserError: a bad record, by file and 1-based number, where `data.on_bad_record` is error; or a chat template
+                that cannot serve.
         """
         for chunk in _chunks(self._read(records, form, tally)):
             yield from self._tokenize(chunk)
@@ -90,7 +92,17 @@ class Encoder:
             try:
                 if isinstance(record, Unreadable):
                     raise UserError(f"{at}: {record.reason}")
-                yield self._spans(read_record(record, form, self.config, at), number, at, tally)
+                sample = read_record(record, form, self.config, at)
+            except UserError as error:
+                self._bad(error, tally)
+                continue
+            # A template that does not serve is no record's fault, and passing over records no remedy.
+            if isinstance(sample, Chat) and self._renderer is None:
+                self._renderer = ChatRenderer(self.tokenizer, self.config)
+            try:
+                yield self._spans(sample, number, at, tally)
+            except TemplateLimitError:
+                raise
             except UserError as error:
                 self._bad(error, tally)
 
@@ -107,8 +119,7 @@ class Encoder:
                 raise UserError(f"{at}: input_ids has {wrong[0]}, but the tokenizer's vocabulary has {size} entries")
             return _Read(number, tokens=sample)
         if isinstance(sample, Chat):
-            if self._renderer is None:
-                self._renderer = ChatRenderer(self.tokenizer, self.config)
+            assert self._renderer is not None
             text, spans, altered = self._renderer.render(sample, at)
             tally.altered += altered
         else:

@@ -17,9 +17,9 @@ import jinja2
 import jinja2.ext
 import jinja2.nodes
 import jinja2.parser
-import jinja2.sandbox
 import jinja2.visitor
 
+from jaxtune.data.sandbox import LimitedSandbox
 from jaxtune.errors import UserError
 
 Span = tuple[int, int]
@@ -64,15 +64,18 @@ class ChatTemplate:
             self.asked_date = True
             return date.strftime(form)
 
-        environment = _environment(strftime_now)
+        self._environment = environment = _environment(strftime_now)
         try:
-            self._plain = environment.from_string(source)
+            self._plain = environment.compiled(environment.parse(source))
             tree = environment.parse(source)
+            texts = tree.find_all(jinja2.nodes.TemplateData)
+            self.has_generation_blocks = any(node.data == _GENERATION for node in texts)
+            self._marked = environment.compiled(_MarkLoops().visit(tree))
         except jinja2.TemplateSyntaxError as error:
             raise UserError(f"the chat template is no valid Jinja, line {error.lineno}: {error}; correct it") from error
-        self.has_generation_blocks = any(node.data == _GENERATION for node in tree.find_all(jinja2.nodes.TemplateData))
-        marked = environment.compile(_MarkLoops().visit(tree))
-        self._marked = jinja2.Template.from_code(environment, marked, environment.make_globals(None))
+        # Of what is nested too deeply, and of numbers of thousands of digits.
+        except (RecursionError, SyntaxError, MemoryError, ValueError) as error:
+            raise UserError(f"the chat template cannot be compiled: {error}; correct it") from error
 
     def render(
         self, messages: Sequence[Mapping[str, Any]], tools: Any = None, *, add_generation_prompt: bool = False
@@ -81,15 +84,18 @@ class ChatTemplate:
 
         Raises:
             jinja2.TemplateError, TypeError: the template refuses the messages.
+            TemplateLimitError: it runs on, or makes more text than any conversation has.
             ValueError: this template's text cannot be taken apart into turns.
         """
         given = {"tools": tools, "add_generation_prompt": add_generation_prompt, **self.variables}
+        self._environment.begin()
         plain = self._plain.render(messages=messages, **given)
         if self.has_generation_blocks:
             plain = plain.replace(_GENERATION, "").replace(_ENDGENERATION, "")
         if _RESERVED.search(plain):
             raise ValueError("it holds one of the code points U+FDD0 to U+FDD4, which no text should; remove them")
         turns = [_Message(message, number) for number, message in enumerate(messages)]
+        self._environment.begin()
         rendered = _read(self._marked.render(messages=turns, **given), len(turns))
         if rendered.text != plain:
             raise ValueError("the chat template reworks its own text, so its turns cannot be told apart")
@@ -165,13 +171,12 @@ def _tojson(
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
-def _environment(strftime_now: Any) -> jinja2.Environment:
+def _environment(strftime_now: Any) -> LimitedSandbox:
     """What chat templates are written for: the options, filters and functions that transformers gives them."""
     extensions = [_GenerationBlocks, jinja2.ext.loopcontrols]
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=extensions
+    environment = LimitedSandbox(
+        trim_blocks=True, lstrip_blocks=True, extensions=extensions, filters={"tojson": _tojson}
     )
-    environment.filters["tojson"] = _tojson
     environment.globals |= {
         "raise_exception": _raise_exception,
         "strftime_now": strftime_now,

@@ -199,12 +199,11 @@ MISTAKES: dict[str, tuple[Prepare, str]] = {
         "the tokenizer has no chat template, which conversations need; use the instruct version of the model, "
         "name one in data.chat_template (chatml, llama-3, llama-3.1, gemma, gemma-3, mistral, qwen-2.5, "
         "qwen-3, phi-3, phi-4, alpaca, vicuna, zephyr, or a .jinja file), or put whole texts in one column "
-        "(data.form: text) (data.on_bad_record: skip passes over such records)",
+        "(data.form: text)",
     ),
     "broken chat template": (
         model(chat_template="{% for %}"),
-        "the chat template is no valid Jinja, line 1: Expected an expression, got 'end of statement block'; "
-        "correct it (data.on_bad_record: skip passes over such records)",
+        "the chat template is no valid Jinja, line 1: Expected an expression, got 'end of statement block'; correct it",
     ),
     "foreign tokenizer": (
         model(vocab_size=270),
