@@ -32,6 +32,7 @@ from pallas_kernels.bench.run import Row, rows_of
 CASES = {
     "nf4": rows.nf4_cases,
     "nf4_matmul": products.nf4_matmul_cases,
+    "fp8_matmul": products.fp8_matmul_cases,
     "lora_linear": products.lora_linear_cases,
     "norm_linear": products.norm_linear_cases,
     "glu_linear": products.glu_linear_cases,

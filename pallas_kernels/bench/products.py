@@ -21,6 +21,10 @@ from pallas_kernels.bench.case import BOTH, FORWARD, Case, flops, normal, packed
 from pallas_kernels.cross_entropy import linear_cross_entropy
 from pallas_kernels.cross_entropy.reference import linear_cross_entropy_reference
 from pallas_kernels.cross_entropy.specs import SPECS as CROSS_ENTROPY_SPECS
+from pallas_kernels.fp8_matmul import fp8_matmul
+from pallas_kernels.fp8_matmul.reference import fp8_matmul_reference
+from pallas_kernels.fp8_matmul.specs import ROWS as FP8_ROWS
+from pallas_kernels.fp8_matmul.specs import SPECS as FP8_SPECS
 from pallas_kernels.glu_linear import glu_linear
 from pallas_kernels.glu_linear.reference import glu_linear_reference
 from pallas_kernels.glu_linear.specs import SPECS as GLU_LINEAR_SPECS
@@ -72,6 +76,32 @@ def nf4_matmul_cases(small: bool) -> Iterator[Case]:
                 wrt=(0,),
                 headline=name == "llama-3-8b/gate_proj",
             )
+
+
+def fp8_matmul_cases(small: bool) -> Iterator[Case]:
+    """A batch of training; errors are those of e4m3, the definition's own."""
+    for name, (n, k) in FP8_SPECS.items():
+        m, rows, columns = (40, min(n, 192), min(k, 256)) if small else (FP8_ROWS, n, k)
+
+        def make(key: Array, m: int = m, rows: int = rows, columns: int = columns) -> tuple[Any, ...]:
+            keys = jax.random.split(key, 2)
+            return normal(keys[0], (m, columns)), packed(keys[1], (rows, columns))
+
+        yield Case(
+            "fp8_matmul",
+            name,
+            m,
+            fp8_matmul,
+            BOTH_WAYS,
+            make=make,
+            call=lambda f, x, w: f(x, w),
+            reference=fp8_matmul_reference,
+            truth=lambda x, w: nf4_matmul_reference(x, dataclasses.replace(w, dtype="float32")),
+            flops=flops(2.0 * m * rows * columns, 4.0 * m * rows * columns),
+            wrt=(0,),
+            timed=(FORWARD, BOTH),
+            headline=name == "llama-3-8b/gate_proj",
+        )
 
 
 def _adapter(key: Array, n: int, k: int) -> Adapter:
