@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from typing import Any
 
@@ -12,6 +13,8 @@ from jaxtune.devices import CONTEXT_BYTES
 from jaxtune.environment import nvidia_smi
 from jaxtune.errors import UserError
 from jaxtune.metrics import format_bytes
+
+log = logging.getLogger(__name__)
 
 # Without a limit. JAX's own default is 0.75, which would leave a quarter of the card unused.
 _WHOLE_CARD = 0.95
@@ -52,9 +55,19 @@ def limit_memory(limit: str | None) -> None:
 
 
 def check_limit(limit: str | None) -> None:
-    """Raise UserError where a limit does not hold since the GPU was started before it was set. Starts the device."""
-    given = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
-    if limit is not None and given is not None and given > parse_bytes("train.memory_limit", limit):
+    """Raise UserError where a limit does not hold since the GPU was started before it was set. Starts the device.
+
+    A device whose allocator has no limit to set, such as a CPU, gives a warning.
+    """
+    device = jax.local_devices()[0]
+    given = (device.memory_stats() or {}).get("bytes_limit")
+    if limit is not None and given is None:
+        log.warning(
+            "train.memory_limit is %s, but what a %s gives cannot be limited: a training run is refused where its plan "
+            "or its compiled step needs more, and nothing else is held to it",
+            *(limit, device.platform),
+        )
+    elif limit is not None and given is not None and given > parse_bytes("train.memory_limit", limit):
         raise UserError(
             f"train.memory_limit is {limit}, but JAX has started the GPU with {format_bytes(given)} already; call "
             "jaxtune before any other use of JAX in the process"

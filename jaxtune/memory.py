@@ -10,6 +10,7 @@ from typing import Any
 import jax
 
 from jaxtune.config import RunConfig
+from jaxtune.config_checks import parse_bytes
 from jaxtune.errors import UserError
 from jaxtune.metrics import format_bytes
 
@@ -26,21 +27,24 @@ def device_peak() -> int | None:
     return stats.get("peak_bytes_in_use") if stats else None
 
 
-def device_limit() -> int | None:
-    """The most that the allocator of the first device gives, in bytes; None where it has no such limit."""
-    stats = jax.local_devices()[0].memory_stats()
-    return stats.get("bytes_limit") if stats else None
+def device_limit(config: RunConfig) -> int | None:
+    """The most that the allocator of the first device gives, in bytes.
+
+    Where it has no such limit (a CPU), `train.memory_limit` stands for it, or None.
+    """
+    stats, wanted = jax.local_devices()[0].memory_stats() or {}, config.train.memory_limit
+    return stats.get("bytes_limit", None if wanted is None else parse_bytes("train.memory_limit", wanted))
 
 
-def fits(components: Mapping[str, int]) -> bool:
+def fits(components: Mapping[str, int], config: RunConfig) -> bool:
     """Whether the device has as much as the components take together; true where its limit is not known."""
-    limit = device_limit()
+    limit = device_limit(config)
     return limit is None or sum(components.values()) <= limit
 
 
 def check_fits(components: Mapping[str, int], config: RunConfig) -> None:
     """Raise UserError, before the first step, where the components together are more than the device has."""
-    if not fits(components):
+    if not fits(components, config):
         raise UserError(_report("the run does not fit the device", components, config))
 
 
@@ -57,7 +61,7 @@ def out_of_memory(phase: str, components: Mapping[str, int], config: RunConfig) 
 
 
 def _report(what: str, components: Mapping[str, int], config: RunConfig) -> str:
-    limit = device_limit()
+    limit = device_limit(config)
     lines = [f"  {name}: {format_bytes(size)}" for name, size in components.items()]
     head = "Known so far" if limit is None else f"Of {format_bytes(limit)} that the device gives"
     train, data = config.train, config.data

@@ -217,7 +217,7 @@ def fit(
             step = jitted.lower(state, frozen, batch).compile()
         memory["activations, gradients and logits"] = step_bytes = step.memory_analysis().temp_size_in_bytes
         progress.note(f"one step with remat {policy} holds {format_bytes(step_bytes)} beside weights and state")
-        if everywhere(fits(memory)):
+        if everywhere(fits(memory, config)):
             break
     check_fits(memory, config)
     eval_step = jit_eval_step(step_config, mesh)

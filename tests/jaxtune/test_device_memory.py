@@ -76,15 +76,23 @@ def test_limit_and_environment_contradict(monkeypatch: pytest.MonkeyPatch) -> No
         limit_memory("12GiB")
 
 
+def test_limit_that_nothing_enforces_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    check_limit(None)
+    assert not caplog.records
+    check_limit("12GiB")
+    assert "what a cpu gives cannot be limited" in caplog.text
+
+
 class Started:
     """A GPU whose allocator was made with another limit."""
+
+    platform = "gpu"
 
     def memory_stats(self) -> dict[str, int]:
         return {"bytes_limit": 13 * 2**30}
 
 
 def test_limit_that_comes_too_late_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    check_limit("12GiB")  # a CPU has no allocator to limit
     monkeypatch.setattr(device_memory.jax, "local_devices", lambda: [Started()])
     check_limit("13GiB")
     check_limit(None)
