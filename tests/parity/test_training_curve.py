@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import peers
+import peft
 import pytest
 import torch
 import transformers
 from tiny import accumulated, packed_batch, random_documents
 
+from convert.peft import to_peft
 from jaxtune.config import LoraConfig, TrainConfig
-from jaxtune.lora import adaptation
+from jaxtune.export import save_peft_adapter
+from jaxtune.lora import adaptation, init_lora
 from jaxtune.optim import make_optimizer
 from jaxtune.step import StepConfig, init_state, jit_train_step, make_mesh
 
@@ -117,10 +121,28 @@ def test_curve_over_nf4(tmp_path: Path, packed_by_them: bool, tolerance: float) 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in family_cases.PLAIN if name not in ("Llama", "Phi-3")])
 def test_curve_of_other_families(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """Ten steps; Phi-3's adapters have another form in PEFT (see test_lora_gradients)."""
     monkeypatch.setattr(sys.modules[__name__], "STEPS", 10)
     family_cases.save(tmp_path, family_cases.PLAIN[name])
     ours = peers.load_ours(tmp_path)
     adapted = peers.add_adapter(peers.load_theirs(tmp_path, attn_implementation="eager"), LORA)
     lora = peers.adapter_tree(adapted)
+    np.testing.assert_allclose(our_curve(ours, lora)[:, 0], their_curve(adapted, ours)[:, 0], rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_curve_of_fused_linears(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Phi-3: PEFT has our adapters of the parts as blocks of one, and here leaves the zeros between them alone."""
+    monkeypatch.setattr(sys.modules[__name__], "STEPS", 10)
+    family_cases.save(tmp_path / "model", family_cases.PLAIN["Phi-3"])
+    ours = peers.load_ours(tmp_path / "model")
+    lora = init_lora(LORA, ours.decoder)
+    save_peft_adapter(tmp_path / "adapter", lora, LORA, ours.source, decoder=ours.decoder)
+    theirs = peers.load_theirs(tmp_path / "model", attn_implementation="eager")
+    adapted = peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter", is_trainable=True)
+    rows = {name: shape[0] for name, shape in ours.decoder.linear_shapes().items()}
+    blocks = to_peft(jax.tree.map(lambda leaf: np.ones(leaf.shape, np.float32), lora), "phi3", rows)
+    parameters = dict(adapted.named_parameters())
+    for name, mask in blocks.items():
+        parameter = parameters[name.replace(".weight", ".default.weight")]
+        parameter.register_hook(functools.partial(torch.mul, torch.tensor(mask)))
     np.testing.assert_allclose(our_curve(ours, lora)[:, 0], their_curve(adapted, ours)[:, 0], rtol=1e-4)
