@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -98,22 +99,28 @@ class Generator:
         settings, key = sampling.values(), jax.random.key(sampling.seed)
         stops = jnp.asarray(sorted(set(stop_ids)), jnp.int32)
         alive, done, steps = [True] * len(prompts), 0, 1
+        # One dispatch is computed while the one before it is read; where all rows have ended it makes nothing.
+        flight: deque[tuple[Array, Array]] = deque()
+        sent, started = 0, time.perf_counter()
         while any(alive) and done < max_new_tokens:
-            started = time.perf_counter()
-            limit = min(steps, max_new_tokens - done)
-            state, tokens, count = decode(
-                self.frozen,
-                lora,
-                state,
-                settings,
-                key,
-                stops,
-                limit,
-                self.decoder,
-                self.adaptation,
-                self.dtype,
-                self.unroll,
-            )
+            while sent < max_new_tokens and len(flight) < 2:
+                limit = min(steps, max_new_tokens - sent)
+                state, *made_there = decode(
+                    self.frozen,
+                    lora,
+                    state,
+                    settings,
+                    key,
+                    stops,
+                    limit,
+                    self.decoder,
+                    self.adaptation,
+                    self.dtype,
+                    self.unroll,
+                )
+                flight.append((made_there[0], made_there[1]))
+                sent += limit
+            tokens, count = flight.popleft()
             made = np.asarray(tokens)[:, : int(count)]
             done += made.shape[1]
             rows = []
@@ -123,8 +130,10 @@ class Generator:
                 rows.append(new[:end] if alive[row] else [])
                 alive[row] = alive[row] and stop is None
             yield rows
-            if time.perf_counter() - started < PATIENCE_SECONDS:
+            now = time.perf_counter()
+            if now - started < PATIENCE_SECONDS:
                 steps = min(2 * steps, MOST_STEPS)
+            started = now
 
     def generate(
         self,

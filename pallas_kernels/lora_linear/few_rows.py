@@ -1,9 +1,10 @@
 """Adapted linear layers for few rows, as in generation: packed weights are decoded inside of their products.
 
 Why it exists: with few rows a product waits for its weight's bytes, and a decoded weight is eight times as many to move
-(written, then read). A layer of a stack is read where it lies. Numerics and saved values: the separate form's (see
-projection.py), with the base's product as `nf4_matmul` has it through Triton; the backward pass is that of XLA. Refuses
-dense weights, and more rows than those products take.
+(written, then read). A layer of a stack is read where it lies. For one row all layers that share it are one launch,
+which adds the adapters to its sums before it rounds them. Numerics and saved values of several rows: the separate
+form's (see projection.py), with the base's product as `nf4_matmul` has it through Triton; the backward pass is that of
+XLA. Refuses dense weights, and more rows than those products take.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from jax import Array
 from pallas_kernels.lora_linear.projection import Group, dot, exact_reason, low_rank, stacked_a, tail_width, with_bias
 from pallas_kernels.lora_linear.xla import lora_linear_xla_backward
 from pallas_kernels.nf4 import NF4Layer, NF4Tensor
-from pallas_kernels.nf4_matmul.triton import FUSED_ROWS, can_fuse, fused_product
+from pallas_kernels.nf4_matmul.triton import FUSED_ROWS, can_fuse, fused_product, fused_row
 from pallas_kernels.nf4_matmul.triton import unsupported_reason as product_reason
 
 
@@ -42,10 +43,13 @@ def lora_linear_few_rows(
     x: Array, group: Group, dropout_key: Array | None, scaling: float, dropout_rate: float
 ) -> Array:
     """[M, K] -> [M, sum of N]; see `pallas_kernels.lora_linear.api`."""
-    parts = [fused_product(x, p.weight) for p in group]
-    tail = tail_width(group, extended=False)
+    tail, t = tail_width(group, extended=False), None
     if tail:
         t = low_rank(x, stacked_a(group, tail, scaling, x.dtype), group, dropout_key, dropout_rate)
+    if x.shape[0] == 1:
+        return with_bias(fused_row(x, [p.weight for p in group], [p.lora_b for p in group], t), group)
+    parts = [fused_product(x, p.weight) for p in group]
+    if t is not None:
         column = 0
         for i, p in enumerate(group):
             if p.rank:

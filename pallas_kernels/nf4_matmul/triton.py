@@ -11,6 +11,8 @@ not whole blocks.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -73,9 +75,11 @@ def _product(x: Array, w: NF4Tensor | NF4Layer, weight_axis: int) -> Array:
 
 def fused_product(x: Array, w: NF4Tensor | NF4Layer) -> Array:
     """[M, K] -> [M, N], the weight decoded in the kernel; for x that `can_fuse`."""
-    if isinstance(w, NF4Tensor):
-        w = NF4Layer(jax.tree.map(lambda leaf: leaf[None], w), np.int32(0))
-    return _one_row(x, w) if x.shape[0] == 1 else _few_rows(x, w)
+    return fused_row(x, [w]) if x.shape[0] == 1 else _few_rows(x, _in_stack(w))
+
+
+def _in_stack(w: NF4Tensor | NF4Layer) -> NF4Layer:
+    return NF4Layer(jax.tree.map(lambda leaf: leaf[None], w), np.int32(0)) if isinstance(w, NF4Tensor) else w
 
 
 def _operands(x: Array, w: NF4Layer, table: np.ndarray) -> list[Array]:
@@ -92,10 +96,9 @@ def _tile_of(n: int, most: int) -> int:
     return min(most, 1 << (n.bit_length() - 1))
 
 
-def _first_row(tile: int, n: int) -> Array:
+def _first_row(number: Array, tile: int, n: int) -> Array:
     """Where a program's rows begin: the last ones' overlap with those before, and both write the same values."""
-    first = pl.program_id(0) * tile
-    return first if n % tile == 0 else jnp.minimum(first, n - tile)
+    return number * tile if n % tile == 0 else jnp.minimum(number * tile, n - tile)
 
 
 def _scales(stack: NF4Tensor, layer: Array, first: Array, block: Array, shape: tuple[int, int], refs: Any) -> Array:
@@ -110,48 +113,103 @@ def _scales(stack: NF4Tensor, layer: Array, first: Array, block: Array, shape: t
     return decoded_scales(stack, layer, scales.reshape(-1), index, nested_refs).reshape(shape)
 
 
-def _one_row(x: Array, w: NF4Layer) -> Array:
-    stack, (n, k) = w.stack, w.shape
-    tile, width = _tile_of(n, _ROW_TILE), min(k & -k, _ROW_WIDTH)
-    block, steps = stack.block_size, k // width
-    shape = (tile, width // block)
+def fused_row(
+    x: Array,
+    weights: Sequence[NF4Tensor | NF4Layer],
+    ups: Sequence[Array | None] | None = None,
+    low: Array | None = None,
+) -> Array:
+    """One row [1, K] times several weights [N, K] in one launch: their results beside each other, [1, sum of N].
 
-    def kernel(index_ref: Any, x_ref: Any, codes_ref: Any, *refs: Any) -> None:
-        layer, out_ref, first = index_ref[0], refs[-1], _first_row(tile, n)
+    ups: of each weight a matrix [N, R] that is added along the contraction, or None. low: [1, sum of R], what the ups
+    are multiplied by, in their order.
+    """
+    layers = [_in_stack(w) for w in weights]
+    ups, k = ups or [None] * len(layers), x.shape[1]
+    members: list[tuple[NF4Tensor, int, int, int, int, int, int, int]] = []
+    operands: list[Any] = []
+    lows: list[Array] = []
+    programs = rows = column = 0
+    for w, up in zip(layers, ups, strict=True):
+        n, stack = w.shape[0], w.stack
+        tile = _tile_of(n, _ROW_TILE)
+        of_member = [jnp.reshape(w.index, (1,)), stack.codes.reshape(-1, n, k // 2)]
+        of_member += [stack.absmax.reshape(-1, n, k // stack.block_size)]
+        of_member += [stack.nested_absmax, stack.nested_offset] if stack.is_nested else []
+        rank, padded = (0, 0) if up is None else (up.shape[1], pl.next_power_of_2(up.shape[1]))
+        if up is not None:
+            assert low is not None
+            # Triton has blocks of powers of two.
+            of_member += [jnp.pad(up, ((0, 0), (0, padded - rank)))]
+            start = sum(each.shape[1] for each in ups[: len(members)] if each is not None)
+            lows += [jnp.pad(low[0, start : start + rank], (0, padded - rank))]
+        members.append((stack, n, tile, programs, rows, len(operands), column, padded))
+        operands += of_member
+        programs, rows, column = programs + pl.cdiv(n, tile), rows + n, column + padded
+    shared = [x.reshape(-1), jnp.asarray(table_of(x.dtype, for_sums=True)), jnp.asarray(DYNAMIC_MAP)]
+    shared += [jnp.concatenate(lows)] if lows else []
 
-        def add(step: Array, sums: Array) -> Array:
-            codes = plt.load(codes_ref.at[layer, pl.ds(first, tile), pl.ds(step * (width // 2), width // 2)])
-            row = plt.load(x_ref.at[pl.ds(step * width, width)]).astype(jnp.float32)
-            scales = _scales(stack, layer, first, step * shape[1], shape, refs[:-1])
-            values = jnp.stack(table_values(codes, refs[1], x.dtype, for_sums=True), axis=-1)
-            if x.dtype == jnp.float32:
-                # As exact as the reference, so rounded as it rounds.
-                values = values.reshape(tile * shape[1], block) * scales.reshape(-1)[:, None]
-                values, scales = rounded(values, stack.dtype), jnp.ones_like(scales)
-            products = values.reshape(tile, width) * row[None, :]
-            return sums + jnp.sum(products.reshape(tile * shape[1], block), axis=1).reshape(shape) * scales
+    def kernel(*refs: Any) -> None:
+        number, (x_ref, table_ref, map_ref, *low_refs), out_ref = pl.program_id(0), refs[: len(shared)], refs[-1]
 
-        sums = jnp.zeros(shape, jnp.float32)
-        if steps <= _MOST_UNROLLED:
-            for step in range(steps):
-                sums = add(jnp.int32(step), sums)
-        else:
-            sums = lax.fori_loop(0, steps, add, sums)
-        plt.store(out_ref.at[pl.ds(first, tile)], jnp.sum(sums, axis=1).astype(out_ref.dtype))
+        def run(stack: NF4Tensor, n: int, tile: int, program: int, row: int, at: int, column: int, rank: int) -> None:
+            index_ref, codes_ref, absmax_ref, *more = refs[len(shared) + at : -1]
+            first, layer = _first_row(number - program, tile, n), index_ref[0]
+            scale_refs = (absmax_ref, table_ref, map_ref, *more[: 2 * stack.is_nested])
+            y = _row_sums(x_ref, codes_ref, scale_refs, stack, layer, first, tile)
+            if rank:
+                up = plt.load(more[2 * stack.is_nested].at[pl.ds(first, tile)]).astype(jnp.float32)
+                low = plt.load(low_refs[0].at[pl.ds(column, rank)]).astype(jnp.float32)
+                y += jnp.sum(up * low[None], axis=1)
+            plt.store(out_ref.at[pl.ds(row + first, tile)], y.astype(out_ref.dtype))
 
-    operands = _operands(x.reshape(-1), w, table_of(x.dtype, for_sums=True))
+        if len(members) == 1:
+            run(*members[0])
+            return
+        for member, end in zip(members, [*(later[3] for later in members[1:]), programs], strict=True):
+            pl.when((number >= member[3]) & (number < end))(partial(run, *member))
+
+    width = min(k & -k, _ROW_WIDTH)
     y = triton_call(
         kernel,
-        out_shape=jax.ShapeDtypeStruct((n,), x.dtype),
-        grid=(pl.cdiv(n, tile),),
-        in_specs=[WHOLE] * len(operands),
+        out_shape=jax.ShapeDtypeStruct((rows,), x.dtype),
+        grid=(programs,),
+        in_specs=[WHOLE] * (len(shared) + len(operands)),
         out_specs=WHOLE,
         # At least four bytes of codes, which are looked up at once, for each thread.
-        num_warps=max(1, min(8, tile * width // 2 // 128)),
+        num_warps=max(1, min(8, max(m[2] for m in members) * width // 2 // 128)),
         num_stages=3,
         name="nf4_matmul_row",
-    )(*operands)
+    )(*shared, *operands)
     return y[None]
+
+
+def _row_sums(
+    x_ref: Any, codes_ref: Any, scale_refs: Any, stack: NF4Tensor, layer: Array, first: Array, tile: int
+) -> Array:
+    """float32 [tile]: x times the weight's rows from `first` on. scale_refs: as `_scales` takes them."""
+    k, block = stack.shape[1], stack.block_size
+    width = min(k & -k, _ROW_WIDTH)
+    steps, shape = k // width, (tile, width // block)
+
+    def add(step: Array, sums: Array) -> Array:
+        codes = plt.load(codes_ref.at[layer, pl.ds(first, tile), pl.ds(step * (width // 2), width // 2)])
+        row = plt.load(x_ref.at[pl.ds(step * width, width)])
+        scales = _scales(stack, layer, first, step * shape[1], shape, scale_refs)
+        values = jnp.stack(table_values(codes, scale_refs[1], row.dtype, for_sums=True), axis=-1)
+        if row.dtype == jnp.float32:
+            # As exact as the reference, so rounded as it rounds.
+            values = values.reshape(tile * shape[1], block) * scales.reshape(-1)[:, None]
+            values, scales = rounded(values, stack.dtype), jnp.ones_like(scales)
+        products = values.reshape(tile, width) * row.astype(jnp.float32)[None, :]
+        return sums + jnp.sum(products.reshape(tile * shape[1], block), axis=1).reshape(shape) * scales
+
+    sums = jnp.zeros(shape, jnp.float32)
+    if steps > _MOST_UNROLLED:
+        return jnp.sum(lax.fori_loop(0, steps, add, sums), axis=1)
+    for step in range(steps):
+        sums = add(jnp.int32(step), sums)
+    return jnp.sum(sums, axis=1)
 
 
 def _few_rows(x: Array, w: NF4Layer) -> Array:
@@ -164,7 +222,7 @@ def _few_rows(x: Array, w: NF4Layer) -> Array:
     steps = k // width // split
 
     def kernel(index_ref: Any, x_ref: Any, codes_ref: Any, *refs: Any) -> None:
-        layer, out_ref, first = index_ref[0], refs[-1], _first_row(tile, n)
+        layer, out_ref, first = index_ref[0], refs[-1], _first_row(pl.program_id(0), tile, n)
         part = pl.program_id(1)
 
         def inside(columns: int) -> Array:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from pallas_kernels._triton import interpreted
 from pallas_kernels.nf4 import NF4Layer, dequantize, quantize
 from pallas_kernels.nf4_matmul import nf4_matmul
 from pallas_kernels.nf4_matmul.reference import nf4_matmul_reference
-from pallas_kernels.nf4_matmul.triton import FUSED_ROWS, can_fuse, fused_product
+from pallas_kernels.nf4_matmul.triton import FUSED_ROWS, can_fuse, fused_product, fused_row
 
 # (rows of x, out, in, block, double quantisation): one row, few, more than are fused; sizes that no tile divides.
 CASES = [(1, 37, 192, 64, True), (1, 24, 1024, 64, False), (5, 70, 192, 64, True), (16, 64, 256, 128, True)]
@@ -107,3 +108,55 @@ def test_what_is_chosen_on_a_hopper_gpu(m: int, n: int, k: int, chosen: str) -> 
     with assume_capability(9.0), record_choices(trace_as="xla") as choices:
         jax.eval_shape(nf4_matmul, jax.ShapeDtypeStruct((m, k), jnp.bfloat16), w)
     assert choices[0].implementation == chosen
+
+
+# Rows of the members and ranks of what is added to them (None: nothing): sizes that no tile divides.
+GROUPS = [([40, 13, 24], [4, None, 3]), ([16, 16], [None, None]), ([9], [16])]
+
+
+@pytest.mark.parametrize(("sizes", "ranks"), GROUPS)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_one_row_of_several_weights(sizes: list[int], ranks: list[int | None], dtype: str) -> None:
+    rng = np.random.default_rng(11)
+    k = 192
+    x = jnp.asarray(rng.standard_normal((1, k)), dtype)
+    stacks = [
+        quantize(jnp.asarray(rng.standard_normal((2, n, k)) / k**0.5, dtype), double_quant=i != 1)
+        for i, n in enumerate(sizes)
+    ]
+    ups = [
+        None if r is None else jnp.asarray(rng.standard_normal((n, r)), dtype)
+        for n, r in zip(sizes, ranks, strict=True)
+    ]
+    low = jnp.asarray(rng.standard_normal((1, sum(r or 0 for r in ranks))), dtype)
+    layers = [NF4Layer(stack, jnp.int32(1)) for stack in stacks]
+    with interpreted():
+        y = fused_row(x, layers, ups, low)
+        alone = jnp.concatenate([fused_product(x, layer) for layer in layers], axis=1)
+    expected, column = [], 0
+    for stack, up in zip(stacks, ups, strict=True):
+        weight = dequantize(dataclasses.replace(jax.tree.map(lambda leaf: leaf[1], stack), dtype="float32"))
+        value = np.asarray(x, np.float64) @ np.asarray(weight, np.float64).T
+        if up is not None:
+            some = np.asarray(low[:, column : column + up.shape[1]], np.float64)
+            value, column = value + some @ np.asarray(up, np.float64).T, column + up.shape[1]
+        expected.append(value)
+    truth = np.concatenate(expected, axis=1)
+    # The table in 16 bits, and the result's rounding; in float32 that of the sums.
+    limit = {"bfloat16": 2.0**-8, "float32": 1e-6}[dtype]
+    assert np.linalg.norm(np.asarray(y, np.float64) - truth) <= limit * np.linalg.norm(truth)
+    if not any(ranks):
+        np.testing.assert_array_equal(y, alone)
+
+
+def test_several_weights_lower_to_cuda_as_one_kernel() -> None:
+    shapes = [(4096, 4096), (1024, 4096), (1024, 4096)]
+    stacks = [jax.eval_shape(quantize, jax.ShapeDtypeStruct((2, *shape), jnp.bfloat16)) for shape in shapes]
+    ups = [jax.ShapeDtypeStruct((n, 16), jnp.bfloat16) for n, _ in shapes]
+    x, low = (jax.ShapeDtypeStruct((1, width), jnp.bfloat16) for width in (4096, 48))
+
+    def product(x: jax.Array, low: jax.Array, index: jax.Array, stacks: Any, ups: Any) -> jax.Array:
+        return fused_row(x, [NF4Layer(stack, index) for stack in stacks], ups, low)
+
+    text = lower_for_cuda(product, x, low, jax.ShapeDtypeStruct((), jnp.int32), stacks, ups)
+    assert text.count("@__gpu$xla.gpu.triton(") == 1
