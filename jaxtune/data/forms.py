@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import string
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -35,6 +34,9 @@ ROLES = {
 _CONTENT, _WEIGHT = ("content", "value"), ("weight", "loss_weight")
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 _KEYS = {"role", "from", "tool_calls", "function_call", "tool_call_id", "name", *_CONTENT, *_WEIGHT, *_REASONING}
+
+_HEAVIEST = 1_000_000  # of a turn's weights; beyond, sums in float32 would lose the others
+_COLUMNS = 30  # that a message names
 
 # Columns that say that records are for something else than learning a text.
 _OTHER_USES = {
@@ -102,7 +104,8 @@ def detect_form(columns: Sequence[str], config: DataConfig, name: str) -> Form:
             data for another purpose, such as preferences or pictures.
     """
     needed = needed_columns(config)
-    found = f"{name} has the columns {', '.join(columns) or '(none)'}"
+    more = f" and {len(columns) - _COLUMNS} more" if len(columns) > _COLUMNS else ""
+    found = f"{name} has the columns {', '.join(columns[:_COLUMNS]) or '(none)'}{more}"
     stated: Form | None = "format" if config.response_format is not None else None
     if config.form != "auto":
         stated = config.form
@@ -296,8 +299,11 @@ def _weight(turn: Mapping[str, Any], at: str) -> float | None:
     weight = next((turn[key] for key in _WEIGHT if key in turn), None)
     if weight is None:
         return None
-    if not isinstance(weight, int | float) or not 0 <= weight < math.inf:
-        raise UserError(f"{at}: a turn's weight in the loss must be a number of 0 or more, not {shown(weight)}")
+    if not isinstance(weight, int | float) or not 0 <= weight <= _HEAVIEST:
+        raise UserError(
+            f"{at}: a turn's weight in the loss must be a number from 0 to {_HEAVIEST:,}, not {shown(weight)}; correct "
+            "it"
+        )
     return float(weight)
 
 

@@ -30,6 +30,7 @@ BUILDERS = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv"}
 EXTENSIONS = [*LINES, *BUILDERS]
 
 _CHUNK = 1000
+_ONE_OBJECT = 2**24  # bytes of a file that may be one record by mistake
 _SAMPLED = 100  # records that show the columns of a file without a schema
 _STREAMED = re.compile(r"(?P<name>[\w.-]+)(\[(?P<start>\d+)?:(?P<stop>\d+)?\])?")
 _SPLIT = re.compile(r"(?P<name>[\w.-]+)(\[(?P<start>-?\d+%?)?:(?P<stop>-?\d+%?)?\])?")
@@ -78,6 +79,8 @@ def open_records(path_or_id: str, split: str = "train", *, streaming: bool = Fal
         records = _from_lines(path, LINES[extension], split)
     elif path.is_file() and extension in BUILDERS:
         records = _from_datasets(path_or_id, {"train": _load_file(path)}, split)
+    elif path.exists() and not path.is_file():
+        raise UserError(f"data file {path} is no regular file; copy what it gives into one")
     elif path.exists():
         raise UserError(f"data file {path} has an unknown extension; use one of {', '.join(EXTENSIONS)}")
     elif extension in EXTENSIONS or path_or_id.startswith((".", "~", "/")) or len(path.parts) > 2:
@@ -138,8 +141,8 @@ def _open_json(path: pathlib.Path) -> Callable[[], Iterator[Record | Unreadable]
         head = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
     if not head:
         raise UserError(f"data file {path} is empty; at least one record is needed")
-    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        raise UserError(f"data file {path} is UTF-16; save it as UTF-8")
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in head[:4]:
+        raise UserError(f"data file {path} is no UTF-8 text, but UTF-16, UTF-32 or binary; save it as UTF-8")
     if head[:1] == b"[":
         records = list(_json_list(path))
         return lambda: iter(records)
@@ -149,14 +152,14 @@ def _open_json(path: pathlib.Path) -> Callable[[], Iterator[Record | Unreadable]
             "records [{...}, ...], or a record {...} in each line"
         )
     first = next(_json_lines(path))
-    if isinstance(first, Unreadable) and path.suffix.lower() == ".json" and _is_one_object(path):
+    if isinstance(first, Unreadable) and path.stat().st_size < _ONE_OBJECT and _is_one_object(path):
         raise UserError(f"data file {path} holds one object over several lines; put the records in a list [{{...}}]")
     return lambda: _json_lines(path)
 
 
 def _is_one_object(path: pathlib.Path) -> bool:
     try:
-        return isinstance(json.loads(path.read_bytes()), dict)
+        return isinstance(json.loads(path.read_bytes(), object_pairs_hook=_object), dict)
     except (ValueError, RecursionError):
         return False
 
@@ -185,12 +188,21 @@ def _lines(path: pathlib.Path) -> Iterator[tuple[int, bytes]]:
 
 def _parse(line: bytes, place: str) -> Record | Unreadable:
     try:
-        record = json.loads(line.decode("utf-8"))
+        record = json.loads(line.decode("utf-8"), object_pairs_hook=_object)
     except UnicodeDecodeError as error:
         return _no_utf8(error, place)
     except (ValueError, RecursionError) as error:
         return Unreadable(f"{place}is no valid JSON ({error}); correct or remove it")
     return record if isinstance(record, dict) else _no_object(record)
+
+
+def _object(fields: list[tuple[str, Any]]) -> Record:
+    """A JSON object, in which of two fields of one name the first would be lost."""
+    record = dict(fields)
+    if len(record) < len(fields):
+        names = [name for name, _ in fields]
+        raise ValueError(f"the field {shown(next(name for name in names if names.count(name) > 1))} is given twice")
+    return record
 
 
 def _no_utf8(error: UnicodeDecodeError, place: str) -> Unreadable:
@@ -208,7 +220,7 @@ def _json_list(path: pathlib.Path) -> Iterator[Record | Unreadable]:
     except UnicodeDecodeError as error:
         raise UserError(f"data file {path} {_no_utf8(error, '').reason}") from error
     try:
-        items = json.loads(text)
+        items = json.loads(text, object_pairs_hook=_object)
     except (ValueError, RecursionError):
         items = _json_items(text)
     for item in items:
@@ -217,7 +229,7 @@ def _json_list(path: pathlib.Path) -> Iterator[Record | Unreadable]:
 
 def _json_items(text: str) -> Iterator[Any]:
     """The items of a broken list up to the fault."""
-    decoder, blank = json.JSONDecoder(), re.compile(r"[\s,]*")
+    decoder, blank = json.JSONDecoder(object_pairs_hook=_object), re.compile(r"[\s,]*")
     at = text.index("[") + 1
     while True:
         at = blank.match(text, at).end()  # type: ignore[union-attr]
@@ -315,12 +327,15 @@ def _cells(path: pathlib.Path) -> dict[str, Any]:
     separator = "\t" if path.suffix.lower() == ".tsv" else ","
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            header = next(row for row in csv.reader(file, delimiter=separator) if row)
+            rows = (row for row in csv.reader(file, delimiter=separator) if row)
+            header, first = next(rows), next(rows, None)
     except UnicodeDecodeError as error:
         byte = error.object[error.start]
         raise UserError(f"data file {path} is not UTF-8 (byte 0x{byte:02x} in its header); save it so") from error
     except (StopIteration, csv.Error) as error:
         raise UserError(f"data file {path} has no header that can be read ({error}); correct it") from error
+    if first is None:
+        raise UserError(f"data file {path} has a header and no record; at least one is needed")
     if len(set(header)) < len(header):
         raise UserError(f"data file {path} has two columns of one name ({', '.join(header)}); rename one of them")
     features = datasets.Features({column: datasets.Value("string") for column in header})
@@ -343,17 +358,20 @@ def _load(builder: str, what: str, **options: Any) -> Any:
         try:
             return datasets.load_dataset(builder, **options)
         except (OSError, ValueError, StopIteration, RuntimeError, datasets.exceptions.DatasetsError) as error:
-            reason = error.__cause__ or error
+            reason = str(error.__cause__ or error).strip()
             raise UserError(f"{what} could not be read: {reason}; correct the name, split or file") from error
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without `datasets`' progress bars, whose place is a terminal; they are as before afterwards."""
-    shown_before = datasets.are_progress_bars_disabled() is False
+    """Without `datasets`' progress bars, whose place is a terminal, and without its log of what is raised as well; both
+    are as before afterwards."""
+    shown_before, level = datasets.are_progress_bars_disabled() is False, datasets.logging.get_verbosity()
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     try:
         yield
     finally:
+        datasets.logging.set_verbosity(level)
         if shown_before:
             datasets.enable_progress_bars()

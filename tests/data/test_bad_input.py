@@ -54,6 +54,8 @@ TABLE: dict[str, tuple[str, dict[str, Any] | bytes, str]] = {
     "number for text": ("text", {"text": 7}, "text must be a text that is not blank, not 7"),
     "content of another kind": ("messages", turns(ASK, ANSWER | {"content": 7}), "turn 2: content must be a text"),
     "picture": ("messages", turns(ASK | {"content": [{"type": "image"}]}, ANSWER), "turn 1: content has a part that"),
+    "a weight beyond all": ("messages", turns(ASK, ANSWER | {"weight": 1e308}), "a number from 0 to 1,000,000, not"),
+    "a field twice": ("text", b'{"text": "a", "text": "b"}', "the field 'text' is given twice"),
     "unknown role": (
         "sharegpt",
         {"conversations": [{"from": "narrator", "value": "a"}]},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pathlib
 import socket
 from collections.abc import Callable, Iterator
@@ -120,6 +121,9 @@ def test_what_cannot_be_read_is_named(tmp_path: pathlib.Path, write_jsonl: Calla
     (tmp_path / "one.json").write_text('{\n  "data": [{"text": "a"}]\n}')
     (tmp_path / "latin.json").write_bytes('[{"text": "é"}]'.encode("latin-1"))
     (tmp_path / "wide.jsonl").write_text('{"text": "a"}', encoding="utf-16")
+    (tmp_path / "wider.jsonl").write_bytes('{"text": "a"}'.encode("utf-16-le"))
+    (tmp_path / "only.csv").write_text("a,b\n")
+    os.mkfifo(tmp_path / "pipe.jsonl")
     (tmp_path / "latin.csv").write_text("a,é", encoding="latin-1")
     (tmp_path / "ragged.csv").write_text("a,b\n1,2\n1,2,3\n")
     (tmp_path / "a::b.csv").write_text("a,b\n1,2\n")
@@ -135,7 +139,10 @@ def test_what_cannot_be_read_is_named(tmp_path: pathlib.Path, write_jsonl: Calla
         (tmp_path / "null.json", "train", r"null\.json begins with 'null'; it must hold a list"),
         (tmp_path / "one.json", "train", r"one\.json holds one object over several lines; put the records in a list"),
         (tmp_path / "latin.json", "train", r"latin\.json is not UTF-8 \(byte 0xe9 at 11\)"),
-        (tmp_path / "wide.jsonl", "train", r"wide\.jsonl is UTF-16; save it as UTF-8"),
+        (tmp_path / "wide.jsonl", "train", r"wide\.jsonl is no UTF-8 text, but UTF-16.*; save it as UTF-8"),
+        (tmp_path / "wider.jsonl", "train", r"wider\.jsonl is no UTF-8 text, but UTF-16.*; save it as UTF-8"),
+        (tmp_path / "only.csv", "train", r"only\.csv has a header and no record"),
+        (tmp_path / "pipe.jsonl", "train", r"pipe\.jsonl is no regular file"),
         (tmp_path / "latin.csv", "train", r"latin\.csv is not UTF-8 \(byte 0xe9 in its header\)"),
         (tmp_path / "ragged.csv", "train", r"ragged\.csv could not be read: .*Expected 2 fields in line 3"),
         (tmp_path / "a::b.csv", "train", r"has :: in its path"),
