@@ -43,8 +43,13 @@ def lora_linear_few_rows(
     x: Array, group: Group, dropout_key: Array | None, scaling: float, dropout_rate: float
 ) -> Array:
     """[M, K] -> [M, sum of N]; see `pallas_kernels.lora_linear.api`."""
-    tail, t = tail_width(group, extended=False), None
-    if tail:
+    tail, no_dropout = tail_width(group, extended=False), dropout_key is None or dropout_rate == 0.0
+    t = None
+    if tail and x.shape[0] == 1 and no_dropout:
+        # A sum that XLA makes where the layers' A lie; a product's operand would be put together first.
+        a = jnp.concatenate([p.lora_a for p in group if p.rank]).astype(jnp.float32)
+        t = scaling * jnp.sum(a * x.astype(jnp.float32), axis=1)[None]
+    elif tail:
         t = low_rank(x, stacked_a(group, tail, scaling, x.dtype), group, dropout_key, dropout_rate)
     if x.shape[0] == 1:
         return with_bias(fused_row(x, [p.weight for p in group], [p.lora_b for p in group], t), group)
