@@ -76,6 +76,7 @@ _LEAN: dict[str, Any] = {"optim": "paged_adamw_8bit", "embedding_on_host": True}
 CASES = {
     "fast": Case("none"),
     "fast_fp8": Case("none", compute="fp8"),
+    "fast_fp8_backward": Case("none", compute="fp8_backward"),
     "selective_fp8": Case("selective", compute="fp8"),
     "balanced_fp8": Case("offload", compute="fp8"),
     "selective": Case("auto", limit="37GiB"),
@@ -178,7 +179,7 @@ def measure(name: str, profile: Path | None) -> dict[str, Any]:
         "case": name,
         "system": "jaxtune",
         **dataclasses.asdict(case),
-        "compute": "fp8" if case.compute == "fp8" else plan.dtype,
+        "compute": plan.dtype if case.compute == "dtype" else case.compute,
         "policy": policy,
         "tokens_per_s": round(plan.tokens_per_step / median * 1e3),
         "ms_per_step": round(median, 1),

@@ -47,6 +47,7 @@ class Case:
 CASES = {
     "fast": Case(["train.remat=none"], peers={"unsloth": "none", "hf": "none"}),
     "fast_fp8": Case(["train.remat=none", "train.compute=fp8"]),
+    "fast_fp8_backward": Case(["train.remat=none", "train.compute=fp8_backward"]),
     "balanced_fp8": Case(["train.remat=offload", "train.compute=fp8"]),
     "selective": Case(["train.remat=auto", "train.memory_limit=36.6GiB"]),
     "middle": Case(["train.remat=selective"]),
@@ -96,7 +97,9 @@ def measure(name: str, model: str, log: Path, timeout: float, cache: Path) -> di
     learnt = [record["tokens_per_second"] for record in steps[WARM_UP_STEPS:]]
     return row | {
         "policy": start["remat"],
-        "compute": "fp8" if settings_used["train"]["compute"] == "fp8" else settings_used["model"]["dtype"],
+        "compute": compute
+        if (compute := settings_used["train"]["compute"]) != "dtype"
+        else settings_used["model"]["dtype"],
         "batch": case.batch,
         "seq": case.length,
         "tokens_per_s": round(statistics.median(learnt)),

@@ -115,8 +115,9 @@ class TrainConfig:
     remat: what the backward pass recomputes, from fast to lean: none, selective (the products of gate and up), full
         (all of a layer), offload (full, layer inputs in host memory), lean (offload, MLPs in chunks of tokens); or
         auto, the fastest that fits memory_limit or the device.
-    compute: what the frozen linears' products are rounded to in training: dtype (model.dtype), or fp8, e4m3 with a
-        scale a row, forward and backward, for GPUs of compute capability 8.9 and newer (docs/fp8.md).
+    compute: what the frozen linears' products are rounded to in training: dtype (model.dtype); fp8, e4m3 with a scale a
+        row, forward and backward; or fp8_backward, the gradients alone. For GPUs of compute capability 8.9 and newer
+        (docs/fp8.md).
     fp8_exclude: linears that fp8 leaves in model.dtype, such as [down_proj]. fp8_exclude_layers: layers whose linears
         it leaves so, by index; negative ones from the end.
     loss_chunk: tokens per chunk of the head and loss; None chooses from the vocabulary.
@@ -146,7 +147,7 @@ class TrainConfig:
     adam_epsilon: float = 1e-8
     max_grad_norm: float | None = 1.0
     remat: Literal["auto", "none", "selective", "full", "offload", "lean"] = "auto"
-    compute: Literal["dtype", "fp8"] = "dtype"
+    compute: Literal["dtype", "fp8", "fp8_backward"] = "dtype"
     fp8_exclude: tuple[str, ...] = ()
     fp8_exclude_layers: tuple[int, ...] = ()
     loss_chunk: int | None = None

@@ -194,7 +194,8 @@ def estimate_memory(config: RunConfig, model: Model, device: Device, dtype: str,
     several = unrolled and not fused
     decoded_elements = _DECODED_LAYERS_UNROLLED * model.linears if several else _DECODED_WEIGHTS * model.widest
     if _in_fp8(config, device):
-        # Weights at a byte an element; and the rounded gradient of the widest product, gate's and up's.
+        # In the backward pass, the fullest moment, weights at a byte an element, and the rounded gradient of the widest
+        # product, gate's and up's.
         decoded_elements, layer = decoded_elements / 2, layer + 2 * in_mlp * decoder.intermediate_size // tensor
     words = decoder.vocab_size // spread
     chunk = min(tokens * config.mesh.fsdp, config.train.loss_chunk or chunk_tokens(words))
@@ -219,7 +220,7 @@ def estimate_memory(config: RunConfig, model: Model, device: Device, dtype: str,
 
 def _in_fp8(config: RunConfig, device: Device) -> bool:
     # A card that has no products in 8 bits is judged as if it were not asked for them.
-    return config.train.compute == "fp8" and device.has_fp8
+    return config.train.compute != "dtype" and device.has_fp8
 
 
 def _attention_scratch(config: RunConfig, decoder: DecoderConfig, device: Device, rows: int) -> int:
@@ -260,8 +261,9 @@ def step_seconds(config: RunConfig, model: Model, device: Device, dtype: str, po
     traffic = _TRAFFIC * tokens * decoder.num_layers * widths * _SIZES[dtype]
     flops = step_flops(config, model, policy)
     if _in_fp8(config, device):
-        # The frozen linears at twice the rate, forward, backward, and where all of a layer is computed again.
-        flops -= tokens * model.linears * decoder.num_layers * (2 if policy in ("none", "selective") else 3)
+        # The frozen linears at twice the rate: their gradients, forward, and where all of a layer is computed again.
+        forward = 0 if train.compute == "fp8_backward" else 1 if policy in ("none", "selective") else 2
+        flops -= tokens * model.linears * decoder.num_layers * (1 + forward)
     busy = flops / (_RATE_SHARE * device.flops) + traffic / (_BANDWIDTH_SHARE * device.bandwidth)
     copied = 2 * decoder.num_layers * tokens * decoder.hidden_size * _SIZES[dtype] if policy in OFFLOADED else 0
     return max(busy, copied / device.host_bandwidth) / config.mesh.devices

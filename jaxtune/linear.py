@@ -30,11 +30,12 @@ class Adaptation:
 class Fp8:
     """Which linears have their frozen weights multiplied in 8-bit floating point: all but those named.
 
-    names: of linears, such as "down_proj". layers: indices, of whole layers.
+    names: of linears, such as "down_proj". layers: indices, of whole layers. exact_forward: only gradients are.
     """
 
     names: tuple[str, ...] = ()
     layers: tuple[int, ...] = ()
+    exact_forward: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +93,8 @@ class Linears:
         if self.parts is not None and name in ROW_PARALLEL:
             bias = self.parts.first_only(bias)
         fp8 = self.fp8 is not None and name not in self.fp8.names
-        return Projection(base["kernel"], bias, adapter.get("lora_A"), adapter.get("lora_B"), fp8)
+        exact_forward = fp8 and self.fp8 is not None and self.fp8.exact_forward
+        return Projection(base["kernel"], bias, adapter.get("lora_A"), adapter.get("lora_B"), fp8, exact_forward)
 
     def _adapters_act(self, name: str, shape: tuple[int, ...]) -> dict[str, Any]:
         """How the adapters of a call act; `name` sets its dropout apart from that of other calls. shape: of the

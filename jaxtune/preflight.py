@@ -50,13 +50,15 @@ def check_embedding(config: ModelConfig, decoder: DecoderConfig) -> None:
 
 def check_compute(settings: TrainConfig, device: Device) -> str | None:
     """What to say of a run whose products are in 8 bits on a CPU; UserError on a GPU that has none."""
-    if settings.compute != "fp8" or device.has_fp8:
+    if settings.compute == "dtype" or device.has_fp8:
         return None
     if device.capability is None:
-        return "train.compute fp8 on a CPU: the numbers of a GPU's 8-bit products, and none of their speed"
+        return (
+            f"train.compute {settings.compute} on a CPU: the numbers of a GPU's 8-bit products, and none of their speed"
+        )
     raise UserError(
-        f"train.compute is fp8, but {device.kind} has compute capability {device.capability}, and products in 8 bits "
-        "came with 8.9 (Ada) and 9.0 (Hopper); set train.compute to dtype"
+        f"train.compute is {settings.compute}, but {device.kind} has compute capability {device.capability}, and "
+        "products in 8 bits came with 8.9 (Ada) and 9.0 (Hopper); set train.compute to dtype"
     )
 
 

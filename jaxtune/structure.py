@@ -109,7 +109,7 @@ def fp8_linears(train: TrainConfig, decoder: DecoderConfig) -> Fp8 | None:
     Raises:
         UserError: a layer to leave out that the model does not have.
     """
-    if train.compute != "fp8":
+    if train.compute == "dtype":
         return None
     count = decoder.num_layers
     for layer in train.fp8_exclude_layers:
@@ -118,7 +118,8 @@ def fp8_linears(train: TrainConfig, decoder: DecoderConfig) -> Fp8 | None:
                 f"train.fp8_exclude_layers has {layer}, but the model's {count} layers are 0 to {count - 1} (or "
                 f"{-count} to -1 from the end); correct it"
             )
-    return Fp8(tuple(sorted(train.fp8_exclude)), tuple(sorted({layer % count for layer in train.fp8_exclude_layers})))
+    layers = tuple(sorted({layer % count for layer in train.fp8_exclude_layers}))
+    return Fp8(tuple(sorted(train.fp8_exclude)), layers, exact_forward=train.compute == "fp8_backward")
 
 
 def compile_step(config: RunConfig, hf_config: Mapping[str, Any], dtype: Any, policy: str) -> jax.stages.Compiled:

@@ -14,7 +14,7 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels.glu import glu_backward, glu_forward
-from pallas_kernels.lora_linear.fp8 import base_product_transposed, forward, low_rank_gradient
+from pallas_kernels.lora_linear.fp8 import base_product_transposed, forward, forward_tail, low_rank_gradient
 from pallas_kernels.lora_linear.projection import (
     Projection,
     dot,
@@ -49,7 +49,7 @@ def _fwd(
     dropout_rate: float,
     name: str | None,
 ) -> tuple[Array, tuple[Any, ...]]:
-    h = glu_forward((gate_up,), activation=activation)
+    h = glu_forward((gate_up,), activation=activation, tail=forward_tail([projection]))
     y, t = forward(h, [projection], dropout_key, scaling, dropout_rate)
     if name is not None:
         y, t = checkpoint_name(y, name), None if t is None else checkpoint_name(t, f"{name}_low_rank")
@@ -65,7 +65,7 @@ def _bwd(
     if t is None:
         _, (d_gate_up,) = glu_backward(dh, (gate_up,), activation=activation, with_h=False)
         return d_gate_up, projection.gradient(None, None), None
-    a, dt = stacked_a(group, t.shape[1], scaling, dy.dtype), low_rank_gradient(dy, group)
+    a, dt = stacked_a(group, t.shape[1], scaling, dy.dtype), low_rank_gradient(dy, t, group)
     if dropout_rate == 0.0 or dropout_key is None:
         h, (d_gate_up,) = glu_backward(dh + dot(dt, a, 0), (gate_up,), activation=activation)
         assert h is not None

@@ -4,7 +4,8 @@ Why it exists: on Hopper and newer an 8-bit product takes half of a bf16 one's t
 work; a base of 4 bits has an error of its own beside which e4m3's is small. Numerics: the base's products as
 `fp8_matmul` has them, rounded to x's dtype; the adapters' products stay in x's dtype, as in the separate form (see
 projection.py), and are added to them. Saved for the backward pass: x and its low-rank product, neither of them in 8
-bits. Members of a group that are not marked `fp8` are computed in x's dtype.
+bits. Members of a group that are not marked `fp8` are computed in x's dtype. Where all have an exact forward pass, that
+is the extended form's.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from jax import Array
 from pallas_kernels.fp8_matmul import fp8_product, fp8_product_transposed
 from pallas_kernels.lora_linear.projection import (
     Group,
+    appended_reason,
     block_b,
     dot,
     low_rank,
@@ -31,13 +33,15 @@ from pallas_kernels.lora_linear.projection import (
     tied,
     with_bias,
 )
+from pallas_kernels.lora_linear.triton import extended_product
 from pallas_kernels.nf4 import NF4Layer, NF4Tensor, dequantize
 
 
 def base_product(x: Array, group: Group) -> Array:
     """[M, K] -> [M, sum of N]: the frozen layers beside each other, without bias."""
     weights, x = tied(group, x)
-    parts = [fp8_product(x, run) if fp8 else dot(x, _matrix(run, x.dtype), 1) for fp8, run in _runs(group, weights)]
+    runs = _runs([p.fp8 and not p.exact_forward for p in group], weights)
+    parts = [fp8_product(x, run) if fp8 else dot(x, _matrix(run, x.dtype), 1) for fp8, run in runs]
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
 
 
@@ -45,7 +49,7 @@ def base_product_transposed(dy: Array, group: Group) -> Array:
     """[M, sum of N] -> [M, K]: the gradient of `base_product`."""
     weights, dy = tied(group, dy)
     total, column = None, 0
-    for fp8, run in _runs(group, weights):
+    for fp8, run in _runs([p.fp8 for p in group], weights):
         width = sum(w.shape[0] for w in run)
         part = dy[:, column : column + width]
         dx = fp8_product_transposed(part, run) if fp8 else dot(part, _matrix(run, dy.dtype), 0)
@@ -54,10 +58,18 @@ def base_product_transposed(dy: Array, group: Group) -> Array:
     return total
 
 
+def forward_tail(group: Group) -> int:
+    """Columns of zeros that `forward` takes behind x, for the adapters."""
+    extended = all(p.exact_forward for p in group) and appended_reason(group) is None
+    return tail_width(group, extended=True) if extended else 0
+
+
 def forward(
     x: Array, group: Group, dropout_key: Any, scaling: float, dropout_rate: float
 ) -> tuple[Array, Array | None]:
-    """The layers on x: [M, sum of N]; and the low-rank product, None without adapters."""
+    """The layers on x [M, K + forward_tail]: [M, sum of N]; and the low-rank product, None without adapters."""
+    if forward_tail(group):
+        return extended_product(x, group, dropout_key, scaling, dropout_rate)
     y, t = with_bias(base_product(x, group), group), None
     if tail := tail_width(group, extended=False):
         t = low_rank(x, stacked_a(group, tail, scaling, x.dtype), group, dropout_key, dropout_rate)
@@ -65,21 +77,23 @@ def forward(
     return y, t
 
 
-def low_rank_gradient(dy: Array, group: Group) -> Array:
-    """dY B [M, tail]."""
-    return dot(dy, block_b(group, tail_width(group, extended=False), dy.dtype), 0)
+def low_rank_gradient(dy: Array, t: Array, group: Group) -> Array:
+    """dY B, of the low-rank product's shape [M, tail]."""
+    return dot(dy, block_b(group, t.shape[1], dy.dtype), 0)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def lora_linear_fp8(x: Array, group: Group, dropout_key: Any, scaling: float, dropout_rate: float) -> Array:
     """[M, K] -> [M, sum of N]; see `pallas_kernels.lora_linear.api`."""
-    return forward(x, group, dropout_key, scaling, dropout_rate)[0]
+    return _fwd(x, group, dropout_key, scaling, dropout_rate)[0]
 
 
 def _fwd(
     x: Array, group: Group, dropout_key: Any, scaling: float, dropout_rate: float
 ) -> tuple[Array, tuple[Any, ...]]:
-    y, t = forward(x, group, dropout_key, scaling, dropout_rate)
+    tail = forward_tail(group)
+    padded = jnp.pad(x, ((0, 0), (0, tail))) if tail else x
+    y, t = forward(padded, group, dropout_key, scaling, dropout_rate)
     return y, (x if t is not None else None, t, group, dropout_key)
 
 
@@ -88,7 +102,7 @@ def _bwd(scaling: float, dropout_rate: float, residuals: tuple[Any, ...], dy: Ar
     dx = base_product_transposed(dy, group)
     if t is None:
         return dx, split_gradients(group, None, None), None
-    a, dt = stacked_a(group, t.shape[1], scaling, dy.dtype), low_rank_gradient(dy, group)
+    a, dt = stacked_a(group, t.shape[1], scaling, dy.dtype), low_rank_gradient(dy, t, group)
     through_adapter, d_a = low_rank_backward(dt, x, a, group, dropout_key, dropout_rate)
     return dx + through_adapter, split_gradients(group, scaling * d_a, outer_transposed(t, dy)), None
 
@@ -96,9 +110,9 @@ def _bwd(scaling: float, dropout_rate: float, residuals: tuple[Any, ...], dy: Ar
 lora_linear_fp8.defvjp(_fwd, _bwd)
 
 
-def _runs(group: Group, weights: list[Any]) -> list[tuple[bool, list[Any]]]:
+def _runs(in_fp8: list[bool], weights: list[Any]) -> list[tuple[bool, list[Any]]]:
     """Neighbours that are computed alike."""
-    alike = itertools.groupby(zip(group, weights, strict=True), key=lambda pair: pair[0].fp8)
+    alike = itertools.groupby(zip(in_fp8, weights, strict=True), key=lambda pair: pair[0])
     return [(fp8, [w for _, w in run]) for fp8, run in alike]
 
 

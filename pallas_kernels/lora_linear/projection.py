@@ -32,8 +32,8 @@ class Projection:
     """One frozen linear layer and its adapter.
 
     weight: [N, K], dense or NF4 (an NF4Tensor, or an NF4Layer of a stack). bias: [N] or None.
-    lora_a: [R, K] and lora_b: [N, R] in any floating dtype, or None. fp8: round the base's product to 8 bits, forward
-    and backward (see `fp8_matmul`); the adapter's stay in x's dtype.
+    lora_a: [R, K] and lora_b: [N, R] in any floating dtype, or None. fp8: round the base's products to 8 bits, forward
+    and backward (see `fp8_matmul`); the adapter's stay in x's dtype. exact_forward: with fp8, the gradient's alone.
     """
 
     weight: Any
@@ -41,6 +41,7 @@ class Projection:
     lora_a: Any = None
     lora_b: Any = None
     fp8: bool = dataclasses.field(default=False, metadata={"static": True})
+    exact_forward: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @property
     def rank(self) -> int:
@@ -50,8 +51,10 @@ class Projection:
     def gradient(self, lora_a: Any, lora_b: Any) -> Projection:
         """Cotangents of self: of the adapter only, each in its parameter's dtype."""
         if self.lora_a is None or lora_a is None:
-            return Projection(None, fp8=self.fp8)
-        return Projection(None, None, lora_a.astype(self.lora_a.dtype), lora_b.astype(self.lora_b.dtype), self.fp8)
+            lora_a = lora_b = None
+        else:
+            lora_a, lora_b = lora_a.astype(self.lora_a.dtype), lora_b.astype(self.lora_b.dtype)
+        return dataclasses.replace(self, weight=None, bias=None, lora_a=lora_a, lora_b=lora_b)
 
 
 Group = Sequence[Projection]
@@ -80,8 +83,11 @@ def check_group(op: str, width: int, group: Group) -> None:
 
 def extended_reason(group: Group) -> str | None:
     """Why the extended form cannot serve this group here, or None."""
-    if (reason := exact_reason(group)) is not None:
-        return reason
+    return exact_reason(group) or appended_reason(group)
+
+
+def appended_reason(group: Group) -> str | None:
+    """Why the adapters of this group cannot be appended to its weights here, or None."""
     if all(p.rank == 0 for p in group):
         return "there is no adapter to append"
     for p in group:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
-from pallas_kernels.lora_linear.fp8 import base_product_transposed, forward, low_rank_gradient
+from pallas_kernels.lora_linear.fp8 import base_product_transposed, forward, forward_tail, low_rank_gradient
 from pallas_kernels.lora_linear.projection import (
     Group,
     dot,
@@ -57,7 +57,8 @@ def _fwd(
     dropout_rate: float,
     name: str | None,
 ) -> tuple[tuple[Array, Array], tuple[Any, ...]]:
-    h, inverse, total = rms_norm_forward(x, scale, residual=residual, eps=eps, unit_offset=unit_offset)
+    options: Any = {"residual": residual, "eps": eps, "unit_offset": unit_offset, "tail": forward_tail(group)}
+    h, inverse, total = rms_norm_forward(x, scale, **options)
     y, t = forward(h, group, dropout_key, scaling, dropout_rate)
     if name is not None:
         y, total = checkpoint_name(y, name), checkpoint_name(total, f"{name}_input")
@@ -79,7 +80,7 @@ def _bwd(
     dy, d_total = cotangents
     dh, extra, gradients = base_product_transposed(dy, group), None, split_gradients(group, None, None)
     if t is not None:
-        a, dt = stacked_a(group, t.shape[1], scaling, dy.dtype), low_rank_gradient(dy, group)
+        a, dt = stacked_a(group, t.shape[1], scaling, dy.dtype), low_rank_gradient(dy, t, group)
         if dropout_rate == 0.0 or dropout_key is None:
             extra = dot(dt, a, 0)
             weight = scale.astype(jnp.float32) + (1.0 if unit_offset else 0.0)

@@ -52,6 +52,13 @@ def test_loss_and_gradients_keep_their_direction(full: Any, in_fp8: Any) -> None
     assert min(cosines(in_fp8[1], full[1])) > 0.99
 
 
+def test_gradients_alone(full: Any) -> None:
+    loss, gradient = outcome(Fp8(exact_forward=True), frozen_tree(DECODER))
+    np.testing.assert_allclose(loss, full[0], rtol=1e-6)
+    similar = cosines(gradient, full[1])
+    assert 0.995 < min(similar) < 1 - 1e-6
+
+
 @pytest.mark.parametrize(("remat", "unroll"), [("selective", True), ("offload", False)])
 def test_remat_policies_change_nothing_but_memory(remat: str, unroll: bool, in_fp8: Any) -> None:
     loss, gradient = outcome(Fp8(), frozen_tree(DECODER), remat=remat, unroll=unroll)
@@ -99,13 +106,14 @@ def test_settings_of_a_run() -> None:
     assert fp8_linears(TrainConfig(), DECODER) is None
     chosen = TrainConfig(compute="fp8", fp8_exclude=("v_proj", "k_proj"), fp8_exclude_layers=(-1, 0, 2))
     assert fp8_linears(chosen, DECODER) == Fp8(("k_proj", "v_proj"), (0, 2))
+    assert fp8_linears(TrainConfig(compute="fp8_backward"), DECODER) == Fp8(exact_forward=True)
     with pytest.raises(UserError, match="are 0 to 2"):
         fp8_linears(dataclasses.replace(chosen, fp8_exclude_layers=(3,)), DECODER)
     with pytest.raises(UserError, match="must be among q_proj"):
         TrainConfig(fp8_exclude=("lm_head",))
     with pytest.raises(UserError, match=r"whole numbers, such as \[0, 1\]"):
         TrainConfig(fp8_exclude_layers=3)  # type: ignore[arg-type]
-    with pytest.raises(UserError, match="must be one of dtype, fp8"):
+    with pytest.raises(UserError, match="must be one of dtype, fp8, fp8_backward"):
         TrainConfig(compute="fp4")  # type: ignore[arg-type]
 
 

@@ -230,6 +230,28 @@ def test_blocks(name: str, exclude: tuple[int, ...], rate: float) -> None:
             assert off(actual, np.float64(true)) < 1e-5
 
 
+@pytest.mark.parametrize("rate", [0.0, 0.3])
+@pytest.mark.parametrize("name", BLOCKS)
+def test_exact_forward(name: str, rate: float) -> None:
+    """Values as without 8 bits, and gradients as with them: separate, and extended by the adapters."""
+    group = layers(K)
+    x, adapters = jnp.asarray(normal(13, M, K)), [(p.lora_a, p.lora_b) for p in group[: 1 if name == BLOCKS[2] else 3]]
+    plain, both, ours = (
+        tuple(dataclasses.replace(p, fp8=fp8, exact_forward=exact) for p in group)
+        for fp8, exact in ((False, False), (True, False), (True, True))
+    )
+    y, gradient = gradients(block(name, ours, rate), x, adapters)
+    # Separate: the definition's own order of sums.
+    assert off(jax.tree.leaves(y)[0], np.float64(jax.tree.leaves(block(name, plain, rate)(x, adapters))[0])) < 1e-6
+    wanted = gradients(block(name, both, rate), x, adapters)[1]
+    with interpreted():
+        extended = gradients(block(name, ours, rate), x, adapters)
+    for actual, other, true in zip(*map(jax.tree.leaves, (gradient, extended[1], wanted)), strict=True):
+        assert off(actual, np.float64(true)) < 1e-5
+        assert off(other, np.float64(true)) < 1e-5
+    assert off(jax.tree.leaves(extended[0])[0], np.float64(jax.tree.leaves(y)[0])) < 1e-6
+
+
 def test_what_blocks_keep_for_the_backward_pass() -> None:
     """x in its own dtype, once; nothing of a weight's size, and nothing in 8 bits."""
     group = layers(K)
