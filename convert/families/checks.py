@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -51,9 +50,7 @@ def check_sizes(config: Mapping[str, Any], required: tuple[str, ...]) -> None:
 
 
 def _shown(value: Any) -> str:
-    text = (
-        repr(value) if not isinstance(value, int) or abs(value) < 10**20 else f"{value:.3g}" if value < 1e300 else "…"
-    )
+    text = repr(value)
     return text if len(text) <= 80 else f"{text[:80]}…"
 
 
@@ -66,9 +63,7 @@ def _is_above_zero(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return (
-        isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300 and math.isfinite(value)
-    )
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
 
 
 def _is_tokens(value: Any) -> bool:
@@ -81,16 +76,12 @@ def _is_words(value: Any) -> bool:
 
 def _is_rope(value: Any) -> bool:
     """One object for all layers, or one for each type of layers."""
-    if not isinstance(value, dict):
-        return False
-    return all(
-        isinstance(part, str)
-        if key in ("rope_type", "type")
-        else _is_rope(part)
-        if key.endswith("_attention")
-        else part is None
-        or isinstance(part, bool)
-        or _is_number(part)
-        or (isinstance(part, list) and all(map(_is_number, part)))
-        for key, part in value.items()
-    )
+    return isinstance(value, dict) and all(part is None or _is_rope_value(key, part) for key, part in value.items())
+
+
+def _is_rope_value(key: str, value: Any) -> bool:
+    if key in ("rope_type", "type"):
+        return isinstance(value, str)
+    if key.endswith("_attention"):
+        return _is_rope(value)
+    return isinstance(value, bool) or all(map(_is_number, value if isinstance(value, list) else [value]))

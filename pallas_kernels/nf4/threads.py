@@ -9,9 +9,12 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
+# More would hold their temporaries and wait for each other.
+_MOST_THREADS = 32
+
 
 def on_all_cores(work: Callable[[T], object], parts: Sequence[T]) -> None:
-    """Call `work` for every part, in any order, on as many threads as there are cores to run on.
+    """Call `work` for every part, in any order, on as many threads as there are cores to run on, up to 32.
 
     NumPy lets other threads run during its loops; parts should be large enough that little else is done.
 
@@ -21,7 +24,7 @@ def on_all_cores(work: Callable[[T], object], parts: Sequence[T]) -> None:
     if len(parts) == 1:
         work(parts[0])
         return
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    with ThreadPoolExecutor(cores) as pool:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with ThreadPoolExecutor(min(cores, _MOST_THREADS)) as pool:
         for _ in pool.map(work, parts):
             pass

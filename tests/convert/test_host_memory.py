@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from convert.families import get
+from convert.peft import save_adapter
 from convert.safetensors_io import TensorInfo, write_model
 from tests.support.runs import save_tokenizer
 
@@ -53,9 +54,19 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["to-4bit"], ["to-safetensors", "--dtype", "fp16"], ["to-gguf", "--type", "Q8_0"]]
+    "arguments",
+    [
+        ["to-4bit"],
+        ["to-safetensors", "--dtype", "fp16"],
+        ["to-gguf", "--type", "Q8_0", "--base", "original", "--adapter", "ADAPTER"],
+    ],
 )
 def test_peak(model: Path, tmp_path: Path, arguments: list[str]) -> None:
+    if arguments[-1] == "ADAPTER":
+        a, b = (np.full((3, *shape), 0.01, np.float32) for shape in ((4, 2048), (16384, 4)))
+        tree = {"layers": {"mlp": {"up_proj": {"lora_A": a, "lora_B": b}}}}
+        save_adapter(tmp_path / "adapter", tree, {"r": 4, "lora_alpha": 8})
+        arguments = [*arguments[:-1], str(tmp_path / "adapter")]
     command = [sys.executable, "-c", PROGRAM, *arguments, str(model), "--out", str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
