@@ -66,6 +66,9 @@ _MASK_BUDGET_BYTES = 512 * 2**20
 # beside the products, in units of F + D: from the step of Llama-3-8B on an H200.
 _RATE_SHARE, _BANDWIDTH_SHARE = 0.75, 0.75
 _TRAFFIC = 53.0
+# What products of 2,048 rows with a packed weight take beyond those of 8,192, which decode it once (H200: 337 us for a
+# quarter of 1,215).
+_IN_PIECES = 0.11
 # The interpreter, JAX and its libraries in the host's memory.
 _HOST_PROCESS = {"gpu": 2 * 2**30, "cpu": 640 * 2**20}
 
@@ -253,7 +256,7 @@ def step_seconds(config: RunConfig, model: Model, device: Device, dtype: str, po
     """Time of one update: matrix products at a share of the data sheet's rate, then the traffic between them.
 
     seconds = flops / (0.75 * rate) + bytes / (0.75 * bandwidth); where `offload`'s copies take longer than all of that,
-    their time. One card and one model were measured: elsewhere it is a guess within a factor of about 1.5.
+    their time; and with a paged optimizer the time of its state's way to the device and back. One card and one model were measured: elsewhere it is a guess within a factor of about 1.5.
     """
     decoder, train = model.decoder, config.train
     tokens = train.batch_size * train.gradient_accumulation_steps * config.data.max_length
@@ -264,9 +267,14 @@ def step_seconds(config: RunConfig, model: Model, device: Device, dtype: str, po
         # The frozen linears at twice the rate: their gradients, forward, and where all of a layer is computed again.
         forward = 0 if train.compute == "fp8_backward" else 1 if policy in ("none", "selective") else 2
         flops -= tokens * model.linears * decoder.num_layers * (1 + forward)
+    if policy == "lean":
+        shapes = decoder.linear_shapes()
+        mlp = sum(math.prod(shapes[name]) for name in ("gate_proj", "up_proj", "down_proj"))
+        flops += _IN_PIECES * 3 * 2 * tokens * decoder.num_layers * mlp
     busy = flops / (_RATE_SHARE * device.flops) + traffic / (_BANDWIDTH_SHARE * device.bandwidth)
     copied = 2 * decoder.num_layers * tokens * decoder.hidden_size * _SIZES[dtype] if policy in OFFLOADED else 0
-    return max(busy, copied / device.host_bandwidth) / config.mesh.devices
+    paged = 2 * model.optimizer / device.host_bandwidth if train.is_paged else 0.0
+    return max(busy, copied / device.host_bandwidth) / config.mesh.devices + paged
 
 
 def largest(config: RunConfig, model: Model, device: Device, dtype: str, policy: str, *, what: str) -> int:

@@ -11,6 +11,7 @@ import pytest
 from runs import Command, Main, WriteRun
 
 from jaxtune import train
+from jaxtune.config import RunConfig
 from jaxtune.config_io import load_config
 from jaxtune.export import load_peft_adapter
 from jaxtune.metrics import read_metrics
@@ -184,7 +185,7 @@ def test_auto_takes_the_first_policy_that_fits(
 ) -> None:
     asked = []
 
-    def fits(components: dict[str, int]) -> bool:
+    def fits(components: dict[str, int], config: RunConfig) -> bool:
         asked.append(components)
         return len(asked) > 1
 

@@ -17,8 +17,9 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+SIZES = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 32}
 FILES = {
-    "config.json": json.dumps({"model_type": "llama"}).encode(),
+    "config.json": json.dumps({"model_type": "llama", **SIZES}).encode(),
     "model.safetensors": b"weights",
     "tokenizer.json": b"{}",
     "tokenizer_config.json": b"{}",
@@ -33,7 +34,11 @@ REPOS = {
     "someone/pickled": {name: FILES[name] for name in ("config.json", "pytorch_model.bin")},
     "someone/alien": FILES | {"config.json": json.dumps({"model_type": "lama"}).encode()},
     "someone/gptq": FILES
-    | {"config.json": json.dumps({"model_type": "llama", "quantization_config": {"quant_method": "gptq"}}).encode()},
+    | {
+        "config.json": json.dumps(
+            {**SIZES, "model_type": "llama", "quantization_config": {"quant_method": "gptq"}}
+        ).encode()
+    },
     "someone/bare": {"README.md": b"nothing else"},
 }
 CLIENT = """

@@ -321,7 +321,7 @@ MISTAKES: dict[str, tuple[Prepare, str]] = {
         sections(data={"chat_template": "chatmll"}),
         "data.chat_template 'chatmll' is neither a file that can be read ([Errno 2] No such file or directory: "
         "'chatmll') nor one of chatml, llama-3, llama-3.1, gemma, gemma-3, mistral, qwen-2.5, qwen-3, phi-3, "
-        "phi-4, alpaca, vicuna, zephyr; correct it (data.on_bad_record: skip passes over such records)",
+        "phi-4, alpaca, vicuna, zephyr; correct it",
     ),
     "tracker that is not installed": (
         sections(output={"report_to": ["wandb"]}),
