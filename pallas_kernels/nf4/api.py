@@ -140,10 +140,13 @@ def _quantize_on_host(flat: np.ndarray, double_quant: bool, block_size: int) -> 
     scale_codes = np.empty(absmax.shape, np.uint8)
     nested_absmax = np.empty((*stack, -(-blocks // _NESTED_BLOCK_SIZE)), np.float32)
     for index in np.ndindex(*stack):
-        for part in _slabs(blocks, _NESTED_BLOCK_SIZE):
+
+        def encode_again(part: slice, index: tuple[int, ...] = index) -> None:
             encoded = encode_scales(absmax[index][part], offset[index], _NESTED_BLOCK_SIZE)
             _put(scale_codes[index], encoded[0], part.start)
             _put(nested_absmax[index], encoded[1], part.start // _NESTED_BLOCK_SIZE)
+
+        on_all_cores(encode_again, _slabs(blocks, _NESTED_BLOCK_SIZE))
     return codes, scale_codes, nested_absmax, offset
 
 
