@@ -5,8 +5,9 @@
 
 Each case is `python -m jaxtune.train --config configs/llama3-8b-random.yaml` with overrides, in a process of its own,
 since JAX cannot reset its peak counter, and the same work through peers (`peers/qlora.py`). Milliseconds are medians
-over the steps after the third; the spread is the distance between the quartiles. Peaks are the allocator's, loading
-included; beside ours stand what XLA plans for the compiled step and what the plan said before it was compiled.
+over the steps after the third; the spread is the distance between the quartiles; the input's percent are the time in
+which the host gets the next batch and sends it, while the device computes. Peaks are the allocator's, loading included;
+beside ours stand what XLA plans for the compiled step and what the plan said before it was compiled.
 """
 
 from __future__ import annotations
@@ -93,6 +94,7 @@ def measure(name: str, model: str, log: Path, timeout: float, cache: Path) -> di
     start = {key: value for record in records if "loss" not in record for key, value in record.items()}
     steps = [record for record in records if "loss" in record]
     timed = [record["step_seconds"] * 1e3 for record in steps[WARM_UP_STEPS:]]
+    waited = [record["input_seconds"] * 1e3 for record in steps[WARM_UP_STEPS:]]
     quartiles = statistics.quantiles(timed, n=4)
     learnt = [record["tokens_per_second"] for record in steps[WARM_UP_STEPS:]]
     return row | {
@@ -105,6 +107,7 @@ def measure(name: str, model: str, log: Path, timeout: float, cache: Path) -> di
         "tokens_per_s": round(statistics.median(learnt)),
         "ms_per_step": round(statistics.median(timed), 1),
         "spread_ms": round(quartiles[2] - quartiles[0], 1),
+        "input_percent": round(100 * sum(waited) / sum(timed), 3),
         "peak_gib": _gib(steps[-1]["device_bytes"]),
         "step_gib": _gib(start["compiled_bytes"]),
         "predicted_gib": _gib(start["planned_bytes"]),

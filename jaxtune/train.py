@@ -285,10 +285,13 @@ def fit(
             started, used, position_before = time.perf_counter(), host_batch, position
             state, scalars = step(state, frozen, batch)
             batch_tokens, position = loader.tokens(position), after_batch
+            dispatched = time.perf_counter()
             if done < total_steps:
+                # Beside the device, which computes meanwhile and would wait only for what takes longer than its step.
                 host_batch, after_batch = next(batches)
                 batch = place(host_batch)
-            values: dict[str, Any] = {name: float(value) for name, value in scalars.items()}
+            values: dict[str, Any] = {"input_seconds": time.perf_counter() - dispatched}
+            values |= {name: float(value) for name, value in scalars.items()}
             elapsed = time.perf_counter() - started
             tokens, elapsed_total = tokens + batch_tokens, elapsed_total + elapsed
             values |= {"learning_rate": float(schedule(done - 1)), "device_bytes": device_peak()}

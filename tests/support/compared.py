@@ -12,7 +12,7 @@ from flax.traverse_util import flatten_dict
 from jaxtune.metrics import read_metrics
 
 # What tells of time and machine, and not of what was computed; and what each start of the program writes of itself.
-TIMINGS = ("step_seconds", "tokens_per_second", "device_bytes", "host_bytes", "mfu")
+TIMINGS = ("input_seconds", "step_seconds", "tokens_per_second", "device_bytes", "host_bytes", "mfu")
 _OF_A_START = {"frozen_bytes", "versions", "compiled_bytes"}
 
 
