@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any
 
 import jax
 from jax import Array
@@ -49,23 +48,20 @@ def nf4_matmul(x: Float[Array, "*M K"], w: NF4Tensor, implementation: str | None
     if x.ndim == 0 or x.shape[-1] != w.shape[1]:
         raise ValueError(f"nf4_matmul: x {x.shape} must end in {w.shape[1]}, the width of the weight {w.shape}")
     candidates = {
-        "xla": lambda: xla.unsupported_reason(x, w),
-        "triton": lambda: triton.unsupported_reason(x, w),
         "mosaic": lambda: mosaic_gpu.unsupported_reason(x, w),
+        "triton": lambda: triton.unsupported_reason(x, w),
+        "xla": lambda: xla.unsupported_reason(x, w),
     }
-    best = _fastest(x, w)
-    candidates = {best: candidates[best], **candidates}
+    if implementation is None and not _mosaic_is_fastest(x, w):
+        del candidates["mosaic"]
     return _matmul(x, w, choose("nf4_matmul", implementation, candidates))
 
 
-def _fastest(x: Array, w: NF4Tensor) -> str:
-    """What was the fastest on an H200 for such shapes, where it can run (see docs/kernels.md)."""
-    rows: Any = jax.ShapeDtypeStruct((math.prod(x.shape[:-1]), x.shape[-1]), x.dtype)
-    if triton.can_fuse(rows, w):
-        return "triton"
-    n, k = w.shape
+def _mosaic_is_fastest(x: Array, w: NF4Tensor) -> bool:
+    """Whether it was on an H200 for such shapes, where it can run (see docs/kernels.md)."""
+    rows, (n, k) = math.prod(x.shape[:-1]), w.shape
     # Weights of few rows and many columns leave multiprocessors without work.
-    return "mosaic" if triton.FUSED_ROWS < rows.shape[0] <= mosaic_gpu.MOST_ROWS and n >= 2 * k else "xla"
+    return triton.FUSED_ROWS < rows <= mosaic_gpu.MOST_ROWS and n >= 2 * k
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

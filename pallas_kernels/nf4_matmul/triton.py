@@ -70,7 +70,7 @@ def _product(x: Array, w: NF4Tensor | NF4Layer, weight_axis: int) -> Array:
     (w, x) = lax.optimization_barrier((w, x)) if isinstance(w, NF4Tensor) else (w, x)
     weight = decode_into(None, w, x.dtype, rows=n, columns=k)
     contract = (((1,), (weight_axis,)), ((), ()))
-    return lax.dot_general(x, weight, contract, preferred_element_type=jnp.float32).astype(x.dtype)
+    return lax.dot_general(x, weight, contract)
 
 
 def fused_product(x: Array, w: NF4Tensor | NF4Layer) -> Array:

@@ -120,5 +120,5 @@ def test_errors_name_value_rule_and_remedy():
         nf4_matmul(jnp.zeros((2, 8)), w)
     with pytest.raises(ValueError, match="scan over the stack"):
         nf4_matmul(x, jax.tree.map(lambda leaf: leaf[None], w))
-    with pytest.raises(ValueError, match="unknown implementation 'cuda'; use one of 'xla', 'triton', 'mosaic'"):
+    with pytest.raises(ValueError, match="unknown implementation 'cuda'; use one of 'mosaic', 'triton', 'xla'"):
         nf4_matmul(x, w, implementation="cuda")
