@@ -53,7 +53,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("ops", nargs="*", metavar="OP", help=f"one or more of {', '.join(CASES)}")
     parser.add_argument("--all", action="store_true", help="all ops")
     parser.add_argument(
-        "--headline", action="store_true", help="all ops, only what they choose by themselves and the definition in XLA"
+        "--headline",
+        action="store_true",
+        help="all ops, only what they choose by themselves, what goes through Triton, and the definition in XLA",
     )
     parser.add_argument("--shapes", nargs="+", default=[], help="cases by the beginning of their name, as llama3-8b")
     parser.add_argument("--variant", action="append", default=[], metavar="FILE.py:FUNCTION", help="of OP's signature")

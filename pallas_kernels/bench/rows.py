@@ -184,9 +184,10 @@ def adam8bit_cases(small: bool) -> Iterator[Case]:
             keys = jax.random.split(key, 4)
             grad, m, root_v, param = (normal(k, shape, s, jnp.float32) for k, s in zip(keys, (1.0, 0.3, 1.0, 0.02)))
             first = quantize_blockwise(m, signed=True)
-            return grad, Moments8bit(*first, *quantize_blockwise(jnp.square(root_v), signed=False)), param
+            # The parameters first: what is written over the inputs takes the first of a shape, which is theirs.
+            return param, Moments8bit(*first, *quantize_blockwise(jnp.square(root_v), signed=False)), grad
 
-        def reference(grad: Array, moments: Moments8bit, param: Array) -> Any:
+        def reference(param: Array, moments: Moments8bit, grad: Array) -> Any:
             update, after = adam8bit_reference(
                 grad, moments, param, jnp.int32(3), hyper["learning_rate"], 0.9, 0.999, 1e-8, hyper["weight_decay"], 256
             )
@@ -199,7 +200,7 @@ def adam8bit_cases(small: bool) -> Iterator[Case]:
             adam8bit,
             BOTH_WAYS,
             make=make,
-            call=lambda f, *inputs: f(*inputs, step=jnp.int32(3), apply=True, **hyper),
+            call=lambda f, param, moments, grad: f(grad, moments, param, step=jnp.int32(3), apply=True, **hyper),
             reference=reference,
             in_place=True,
             headline=name == "llama-3-8b",

@@ -21,15 +21,14 @@ from pallas_kernels.bench.case import BOTH, FORWARD, Case, nbytes, with_gradient
 from pallas_kernels.bench.check import bounds, relative_errors, verdict
 
 SYSTEM = "pallas_kernels"
-DEFINITION = "xla"
+# What the headline shows beside an op's own choice: the definition, and what serves GPUs that Mosaic does not.
+DEFINITION, WITHOUT_MOSAIC = "xla", "triton"
 LOWERED = "right in the interpreter, lowers to CUDA"
 RIGHT = "right on this GPU; not timed"
 # Compiled together: compiling searches for the fastest products on the device, and must not run beside what is timed.
 _WAVE_PROGRAMS = 120
-# Products through cuBLAS, as in jaxtune's step: searching Triton's tilings as well takes minutes for all cases.
-_OPTIONS = {"xla_gpu_enable_triton_gemm": False}
 # What only the check needs is not searched for at all.
-_CHECK_OPTIONS = {"xla_gpu_autotune_level": 0} | _OPTIONS
+_CHECK_OPTIONS = {"xla_gpu_autotune_level": 0} | timing.OPTIONS
 
 
 @dataclasses.dataclass
@@ -94,7 +93,7 @@ def rows_of(
             kernels run in the interpreter.
         real_cases: the cases in their real shapes, in the same order: without a GPU they are lowered for one.
         with_gradient: off for functions that have none.
-        headline: time the implementation that the op chooses, and the definition through XLA, alone.
+        headline: time the implementation that the op chooses, Triton's, and the definition through XLA, alone.
         progress: told what is being waited for.
     """
     if not with_gradient:
@@ -149,14 +148,14 @@ def _prepare(
     automatic = None if ceilings is None else _automatic(case, shapes)
     candidates = case.candidates()
     if headline and automatic is not None:
-        candidates = {name: f for name, f in candidates.items() if name in (automatic, DEFINITION)}
+        candidates = {name: f for name, f in candidates.items() if name in (automatic, WITHOUT_MOSAIC, DEFINITION)}
     candidates |= extra
     for name, f in candidates.items():
         with interpreted() if compute_capability() is None else contextlib.nullcontext():
             called = _call(case, f)
             checking = with_gradients(called, case.wrt)
             checked_as_timed = _work_of_check(case) in case.timed
-            options = _OPTIONS if checked_as_timed else _CHECK_OPTIONS
+            options = timing.OPTIONS if checked_as_timed else _CHECK_OPTIONS
             programs["check", name] = _compiled(pool, checking, shapes, cotangent, options=options)
         if ceilings is None:
             continue
@@ -167,7 +166,7 @@ def _prepare(
             timed = with_gradients(called, case.wrt if work == BOTH else ())
             donate = (0,) if case.in_place else ()
             programs[work, name] = _compiled(
-                pool, timed, shapes, cotangent if work == BOTH else None, donate=donate, options=_OPTIONS
+                pool, timed, shapes, cotangent if work == BOTH else None, donate=donate, options=timing.OPTIONS
             )
     return _Prepared(case, candidates, shapes, results, cotangent, automatic, programs)
 
@@ -180,8 +179,8 @@ def _work_of_check(case: Case) -> str | None:
 
 
 def _automatic(case: Case, shapes: tuple[Any, ...]) -> str | None:
-    """What the op chooses by itself: of the choices of a call the outermost comes first."""
-    with record_choices() as choices:
+    """What the op chooses by itself: of the choices of a call the outermost comes first. None where nothing serves."""
+    with record_choices() as choices, contextlib.suppress(NotImplementedError):
         jax.eval_shape(_call(case, case.function), *shapes)
     return choices[0].implementation if choices else None
 
@@ -189,12 +188,16 @@ def _automatic(case: Case, shapes: tuple[Any, ...]) -> str | None:
 def _rows_of_case(one: _Prepared, ceilings: tuple[float, float] | None, real: Case) -> Iterator[Row]:
     case, programs = one.case, one.programs
     keys = jax.random.split(jax.random.key(7), 2)
-    make = programs["make"].result()
-    inputs = make(keys[0])
-    cotangent = programs["cotangent"].result()(keys[1]) if case.wrt else None
-    truth, own = (programs[name].result()(inputs, cotangent) for name in ("truth", "own"))
+    try:
+        inputs = programs["make"].result()(keys[0])
+        cotangent = programs["cotangent"].result()(keys[1]) if case.wrt else None
+        truth, own = (programs[name].result()(inputs, cotangent) for name in ("truth", "own"))
+        bound = bounds(programs["errors"].result()(own, truth).tolist(), jax.tree.leaves(own))
+    except Exception as failure:  # noqa: BLE001 - as for want of memory: the cases after this one are still measured
+        reason = f"nothing to compare with: {_reason(failure)}"
+        yield Row(case.op, case.name, case.m, case.timed[0], "definition", note=reason, wrong=True)
+        return
     like = jax.tree.leaves(own)
-    bound = bounds(programs["errors"].result()(own, truth).tolist(), like)
     for name, f in one.candidates.items():
         error, note, wrong = None, None, False
         try:
@@ -216,19 +219,19 @@ def _rows_of_case(one: _Prepared, ceilings: tuple[float, float] | None, real: Ca
             row = Row(case.op, case.name, case.m, work, name, max_rel_err=error, note=note, wrong=wrong)
             row.automatic = name == one.automatic
             if note is None and ceilings is not None:
-                _time(row, one, name, work, ceilings, make)
+                _time(row, one, name, work, ceilings)
             elif lowered is not None:
                 row.note, row.wrong = lowered, not lowered.startswith((LOWERED, RIGHT))
             yield row
 
 
-def _time(row: Row, one: _Prepared, name: str, work: str, ceilings: tuple[float, float], make: Any) -> None:
+def _time(row: Row, one: _Prepared, name: str, work: str, ceilings: tuple[float, float]) -> None:
     """Fills in the row's measured fields, or why there are none."""
     inputs, floor, by_memory = _least(one, work, ceilings)
     calls, sets = timing.plan(floor, nbytes(inputs), one.case.in_place)
-    keys = jax.random.split(jax.random.key(11), sets)
+    keys = [jax.random.key(11 + i) for i in range(sets)]
     try:
-        run = one.programs[work, name].result()
+        run, make = (one.programs[program].result() for program in ((work, name), "make"))
         cotangents = one.programs["cotangent"].result() if work == BOTH else lambda key: None
         measured = timing.measure(run, [(make(key), cotangents(key)) for key in keys], calls)
         row.temp_bytes = run.memory_analysis().temp_size_in_bytes

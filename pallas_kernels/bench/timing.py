@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+# Products through cuBLAS, as in jaxtune's step: searching Triton's tilings as well takes minutes for all cases.
+OPTIONS = {"xla_gpu_enable_triton_gemm": False}
 # Between rounds the device is waited for; each round begins with the device idle, as its first calls do.
 ROUNDS = 3
 WARM_UP = 2
@@ -82,9 +84,9 @@ def measure(run: Callable[..., Any], sets: Sequence[tuple[Any, ...]], calls: int
 
 def device_intervals(directory: Path) -> list[Interval]:
     """(begin, end) in nanoseconds of each kernel and copy in a trace, in the order in which they began."""
-    (trace,) = directory.rglob("*.xplane.pb")
     return sorted(
         (event.start_ns, event.start_ns + event.duration_ns)
+        for trace in directory.rglob("*.xplane.pb")
         for plane in jax.profiler.ProfileData.from_file(str(trace)).planes
         if "GPU" in plane.name
         for line in plane.lines
@@ -120,6 +122,6 @@ def ceilings() -> tuple[float, float]:
     n = 8192
     keys = jax.random.split(jax.random.key(1), 3)
     big, a, b = (jax.random.normal(key, (rows * n, n), jnp.bfloat16) for key, rows in zip(keys, (8, 1, 1), strict=True))
-    copied = measure(jax.jit(lambda x: -x), [(big,)], 30)
-    product = measure(jax.jit(lambda a, b: a @ b.T), [(a, b)], 30)
+    copied = measure(jax.jit(lambda x: -x, compiler_options=OPTIONS), [(big,)], 30)
+    product = measure(jax.jit(lambda a, b: a @ b.T, compiler_options=OPTIONS), [(a, b)], 30)
     return 2e6 * big.nbytes / copied.us, 2e6 * n**3 / product.us

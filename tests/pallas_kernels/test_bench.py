@@ -11,7 +11,8 @@ import pytest
 
 from pallas_kernels._device import compute_capability
 from pallas_kernels.bench import __main__ as command
-from pallas_kernels.bench import report, timing
+from pallas_kernels.bench import check, report, timing
+from pallas_kernels.bench import run as run_of_cases
 from pallas_kernels.bench.case import chosen
 from pallas_kernels.bench.run import rows_of
 
@@ -109,6 +110,10 @@ def test_times_what_is_right(op: str, monkeypatch: pytest.MonkeyPatch, tmp_path:
     told: list[str] = []
     timed = list(rows_of(cases, {}, ceilings=(1e12, 1e14), real_cases=cases, headline=True, progress=told.append))
     assert told[-1].startswith("compiled")
+    # What goes through Triton has no GPU to be timed on.
+    assert all(row.us is None for row in timed if row.implementation == "triton")
+    timed = [row for row in timed if row.implementation != "triton"]
+    assert timed
     for row in timed:
         # What a CPU chooses and the definition are one.
         assert (row.implementation, row.automatic, row.clock) == ("xla", True, "host")
@@ -141,6 +146,22 @@ def test_errors_say_what_to_write(arguments: list[str], message: str, capsys: py
     with pytest.raises(SystemExit):
         command.main(arguments)
     assert message in capsys.readouterr().err
+
+
+@needs_no_gpu
+def test_a_case_without_truth_leaves_the_others_their_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    left = ["no room for the truth"]
+
+    def bounds(own: list[float], results: list[jax.Array]) -> list[float]:
+        if left:
+            raise MemoryError(left.pop())
+        return check.bounds(own, results)
+
+    monkeypatch.setattr(run_of_cases, "bounds", bounds)
+    cases = list(chosen(command.CASES["rms_norm"](True), ["qwen3-0.6b/heads"]))
+    rows = list(rows_of(cases, {}, ceilings=None, real_cases=cases))
+    assert [row.wrong for row in rows] == [True, False, False]
+    assert rows[0].note == "nothing to compare with: MemoryError: no room for the truth"
 
 
 def test_sets_exceed_the_cache_and_fit_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
