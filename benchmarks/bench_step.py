@@ -69,12 +69,14 @@ class Case:
     packed: bool = False
     accumulation: int = 1
     compute: str = "dtype"
+    deterministic: bool = False
     steps: int = 12
 
 
 _LEAN: dict[str, Any] = {"optim": "paged_adamw_8bit", "embedding_on_host": True}
 CASES = {
     "fast": Case("none"),
+    "fast_deterministic": Case("none", deterministic=True),
     "fast_fp8": Case("none", compute="fp8"),
     "fast_fp8_backward": Case("none", compute="fp8_backward"),
     "selective_fp8": Case("selective", compute="fp8"),
@@ -116,6 +118,7 @@ def run_config(case: Case) -> RunConfig:
             optim=optim,
             remat=remat,
             compute=compute,
+            deterministic=case.deterministic,
         ),
     )
 

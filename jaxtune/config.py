@@ -120,6 +120,9 @@ class TrainConfig:
         (docs/fp8.md).
     fp8_exclude: linears that fp8 leaves in model.dtype, such as [down_proj]. fp8_exclude_layers: layers whose linears
         it leaves so, by index; negative ones from the end.
+    deterministic: have a GPU, too, compute the same bits from the same seed each time. Without it cuDNN's attention,
+        which rows of one document take, adds up gradients in any order, and is faster. A CPU and packed rows repeat
+        anyway.
     loss_chunk: tokens per chunk of the head and loss; None chooses from the vocabulary.
     logging_steps: updates between printed lines, where there is no terminal; metrics.jsonl has every update.
     eval_steps: updates between held-out losses (also measured before and after); None for those two only.
@@ -150,6 +153,7 @@ class TrainConfig:
     compute: Literal["dtype", "fp8", "fp8_backward"] = "dtype"
     fp8_exclude: tuple[str, ...] = ()
     fp8_exclude_layers: tuple[int, ...] = ()
+    deterministic: bool = False
     loss_chunk: int | None = None
     seed: int = 3407
     logging_steps: int = 1

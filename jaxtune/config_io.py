@@ -35,6 +35,7 @@ _NO_NUMBERS = {
     "train.eval_answers",
     "train.eval_answer_tokens",
     "train.remat",
+    "train.deterministic",
     "train.loss_chunk",
     "train.memory_limit",
     "train.on_nonfinite",

@@ -51,8 +51,8 @@ class StepConfig:
     dtype: compute dtype. adaptation: how adapters act. packed: rows hold several documents (batches carry segment_ids).
     remat: policy of jaxtune.remat. unroll: layers unrolled instead of scanned. max_grad_norm: clipping, or None.
     loss_chunk: tokens of logits at a time, or None. paged: the optimizer's state is in host memory between
-    updates. parts: how arrays are cut over several devices (`mesh.make_parts`), or None on one. fp8: which linears are
-    computed in 8 bits, in training; None for none.
+    updates. deterministic: without kernels whose sums have no fixed order. parts: how arrays are cut over several
+    devices (`mesh.make_parts`), or None on one. fp8: which linears are computed in 8 bits, in training; None for none.
     """
 
     decoder: DecoderConfig
@@ -64,6 +64,7 @@ class StepConfig:
     max_grad_norm: float | None = None
     loss_chunk: int | None = None
     paged: bool = False
+    deterministic: bool = False
     parts: Parts | None = None
     fp8: Fp8 | None = None
 
@@ -250,17 +251,20 @@ def jit_train_step(
     if (parts := config.parts) is not None:
         specs = (parts.state, parts.frozen, _BATCH), (parts.state, P())
         step = jax.shard_map(step, mesh=mesh, in_specs=specs[0], out_specs=specs[1], check_vma=False)
-    options = None if isinstance(mesh, AbstractMesh) else _compiler_options(config.remat, mesh.devices.flat[0].platform)
+    options = None if isinstance(mesh, AbstractMesh) else _compiler_options(config, mesh.devices.flat[0].platform)
     return jax.jit(step, donate_argnums=0, out_shardings=out, compiler_options=options)
 
 
-def _compiler_options(remat: str, platform: str) -> dict[str, bool] | None:
+def _compiler_options(config: StepConfig, platform: str) -> dict[str, bool] | None:
     """XLA's options for the train step, each with its measured pair in benchmarks/NOTES.md."""
     if platform != "gpu":
         return None
     # cuBLAS adds the adapter's product to the base's while it writes; XLA's own Triton matmuls do not.
     options = {"xla_gpu_enable_triton_gemm": False}
-    if remat in OFFLOADED:
+    if config.deterministic:
+        # cuDNN then sums the gradients of queries in a fixed order.
+        options["xla_gpu_exclude_nondeterministic_ops"] = True
+    if config.remat in OFFLOADED:
         # Without it the copies of layer inputs to and from the host do not overlap with compute.
         options["xla_gpu_enable_latency_hiding_scheduler"] = True
     return options

@@ -99,6 +99,7 @@ def step_settings(config: RunConfig, decoder: DecoderConfig, dtype: Any, policy:
         max_grad_norm=train.max_grad_norm,
         loss_chunk=train.loss_chunk,
         paged=train.is_paged,
+        deterministic=train.deterministic,
         fp8=fp8_linears(train, decoder),
     )
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-from jax.sharding import AbstractMesh
+from jax.sharding import AbstractMesh, AxisType
 
 from jaxtune.collectives import Collective, collectives
 from jaxtune.config import RunConfig
@@ -45,7 +45,8 @@ def step_collectives(config: RunConfig, hf_config: Mapping[str, Any], dtype: Any
         return []
     decoder = DecoderConfig.from_hf(hf_config)
     check_mesh(config.mesh, decoder, config.data.max_length)
-    mesh = AbstractMesh(tuple(getattr(config.mesh, axis) for axis in AXES), AXES)
+    sizes = tuple(getattr(config.mesh, axis) for axis in AXES)
+    mesh = AbstractMesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES))
     state = state_structure(config, decoder, dtype)
     whole = frozen_structure(hf_config, config.model, dtype)
     frozen = jax.eval_shape(lambda tree: split_linears(tree, config.mesh.tensor), whole)

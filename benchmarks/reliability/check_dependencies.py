@@ -27,10 +27,12 @@ ROOT = Path(__file__).resolve().parents[2]
 TESTS = [
     "tests/jaxtune/test_config.py",
     "tests/jaxtune/test_checkpoint.py",
+    "tests/jaxtune/test_mesh.py",
     "tests/data/test_loader.py",
     "tests/data/test_bad_input.py",
     "tests/e2e/test_errors.py",
     "tests/e2e/test_run.py",
+    "tests/scale/test_mesh_program.py",
 ]
 PARITY = [
     "tests/parity/test_llama_logits.py",

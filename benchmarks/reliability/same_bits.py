@@ -1,19 +1,21 @@
 """The same run three times, each in a process of its own: are the bits the same?
 
     python benchmarks/reliability/same_bits.py
-    python benchmarks/reliability/same_bits.py --shape llama3-8b --steps 10 --batch 2 --length 1024      # on a GPU
+    python benchmarks/reliability/same_bits.py --shape llama3-8b --steps 10 --batch 2 --length 1024 \
+        --set train.deterministic=true      # on a GPU
 
 The second run finds the first one's compiled programs, as any run does on a machine where such a run has been; the
 third compiles its own, for which XLA on a GPU times algorithms anew. Compared are the adapter's file, every array of
 the last checkpoint (adapter, optimizer, random state) and all metrics but those of time and memory. Exit status 1 where
-the second run differs from the first; whether the third one does is printed.
+the second run differs from the first; whether the third one does is printed. The first has the device for itself, and
+its time is told; the others run side by side.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -29,6 +31,7 @@ from soak import Watch, make_config, soak  # noqa: E402
 
 from jaxtune.config_io import dump_yaml, load_config  # noqa: E402
 from jaxtune.device_memory import limit_memory  # noqa: E402
+from jaxtune.metrics import read_metrics  # noqa: E402
 
 # The directory of each run's compiled programs.
 RUNS = {"first": "compiled", "with its programs": "compiled", "compiled anew": "compiled-anew"}
@@ -45,10 +48,19 @@ def differences(run: Path, first: Path, steps: int) -> tuple[list[str], int]:
     """What is not the same to the bit, and how many bits were compared."""
     files = [(path / "adapter" / "adapter_model.safetensors").read_bytes() for path in (run, first)]
     states = [saved_state(path, steps) for path in (run, first)]
-    found = [] if files[0] == files[1] else ["the adapter's file"]
+    found, records = [], [computed(path) for path in (run, first)]
+    for ours, theirs in zip(*records, strict=True):
+        if ours != theirs:
+            found.append(f"metrics from step {ours['step']} on (loss {ours.get('loss')}, not {theirs.get('loss')})")
+            break
+    found += [] if files[0] == files[1] else ["the adapter's file"]
     found += [name for name, array in states[1].items() if states[0][name].tobytes() != array.tobytes()]
-    found += [] if computed(run) == computed(first) else ["metrics"]
     return found, 8 * (len(files[1]) + sum(array.nbytes for array in states[1].values()))
+
+
+def step_seconds(run: Path) -> float:
+    """The median of its steps after the third."""
+    return statistics.median([r["step_seconds"] for r in read_metrics(run / "metrics.jsonl") if "loss" in r][3:])
 
 
 def main() -> int:
@@ -58,6 +70,9 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--length", type=int, default=64)
+    parser.add_argument("--layers", type=int, help="instead of the shape's own")
+    parser.add_argument("--packed", action="store_true", help="rows of several documents")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of the run's configuration")
     parser.add_argument("--directory", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--run", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -71,9 +86,13 @@ def main() -> int:
 
     with tempfile.TemporaryDirectory() as name:
         directory, started = Path(name), time.perf_counter()
-        config = make_config(directory, options.shape, options.steps, options.batch, options.length)
-        output = dataclasses.replace(config.output, save_steps=None)
-        (directory / "run.yaml").write_text(dump_yaml(dataclasses.replace(config, output=output)))
+        sizes = options.shape, options.steps, options.batch, options.length
+        config, file = (
+            make_config(directory, *sizes, layers=options.layers, packed=options.packed),
+            directory / "run.yaml",
+        )
+        file.write_text(dump_yaml(config))
+        file.write_text(dump_yaml(load_config(file, ["output.save_steps=null", *options.set])))
         first, *others = RUNS
         for together in ([first], others):
             for process in [start(directory, run) for run in together]:
@@ -82,10 +101,12 @@ def main() -> int:
                     print(said)
                     return 1
         print(f"{len(RUNS)} runs of {options.steps} steps: {time.perf_counter() - started:.0f} s")
+        print(f"a step of the first one: {1e3 * step_seconds(directory / first):.1f} ms, the median after the third")
         differing = {}
         for run in others:
             differing[run], bits = differences(directory / run, directory / first, options.steps)
-            print(f"{run}: {', '.join(differing[run]) or 'nothing'} differs in {bits:,} bits compared")
+            several = differing[run][:3] + [f"and {len(differing[run]) - 3} more"] * (len(differing[run]) > 3)
+            print(f"{run}: {', '.join(several) or 'nothing'} differs in {bits:,} bits compared")
     return 1 if differing[others[0]] else 0
 
 

@@ -7,6 +7,9 @@ Random text is learnt from random weights, which are made on the device: the mod
 in sparse files. After the run its checkpoints are verified, it is continued for ten steps more, and the adapter that it
 wrote is read back and compared, bit by bit. Exit status 1 where something is not as it should be.
 
+Of the device's memory the least that was in use counts, in the first and in the second half: what a step has used last
+is given back in the runtime's own time.
+
 The host's memory is judged in two ways, apart from each other: what the steps between two checkpoints add, summed up,
 and what each checkpoint after the first leaves behind. The first one may keep as much as it has written: transfers from
 a device go through buffers that its runtime keeps for the next time.
@@ -35,7 +38,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-from make_random_model import hf_config, write_texts, write_tokenizer  # noqa: E402
+from make_random_model import hf_config, write_documents, write_texts, write_tokenizer  # noqa: E402
 
 from convert import families  # noqa: E402
 from jaxtune.base import find_base  # noqa: E402
@@ -101,16 +104,30 @@ def write_model(directory: Path, config: dict[str, object]) -> None:
         file.truncate(8 + len(text) + end)
 
 
-def make_config(directory: Path, shape: str, steps: int, batch: int, length: int) -> RunConfig:
-    """The run, at a constant rate so that it can be prolonged."""
-    write_model(directory / "model", hf_config(shape))
-    write_texts(directory / "train.jsonl", 1, count=256, length=length + 50)
+def make_config(
+    directory: Path,
+    shape: str,
+    steps: int,
+    batch: int,
+    length: int,
+    *,
+    layers: int | None = None,
+    packed: bool = False,
+) -> RunConfig:
+    """The run, at a constant rate so that it can be prolonged. layers: instead of the shape's own. packed: rows of
+    several documents."""
+    model = hf_config(shape)
+    write_model(directory / "model", model if layers is None else model | {"num_hidden_layers": layers})
+    if packed:
+        write_documents(directory / "train.jsonl", 1)
+    else:
+        write_texts(directory / "train.jsonl", 1, count=256, length=length + 50)
     write_texts(directory / "eval.jsonl", 2, count=2 * batch, length=length + 50)
     data = {"train": str(directory / "train.jsonl"), "eval": str(directory / "eval.jsonl")}
     large, every = shape != "tiny", max(1, steps // SAVES)
     return RunConfig(
         ModelConfig(str(directory / "model"), dtype="bf16" if large else "fp32"),
-        DataConfig(**data, form="text", train_on="all", max_length=length, packing=False, overlong="truncate"),
+        DataConfig(**data, form="text", train_on="all", max_length=length, packing=packed, overlong="truncate"),
         OutputConfig(str(directory / "run"), save_steps=every, compile_cache=str(directory / "compiled")),
         LoraConfig(r=64 if large else 8, lora_alpha=128 if large else 16),
         TrainConfig(
@@ -141,7 +158,8 @@ def judge(seen: list[Seen], config: RunConfig, written: int) -> list[str]:
     assert steps is not None
     after = [row for row in seen if row.step > min(WARM_UP, steps // 2)]
     # The last step also measures the held-out loss.
-    devices = sorted({row.device or 0 for row in after[:-1]})
+    devices = [row.device or 0 for row in after[:-1]]
+    halves = [min(part) for part in (devices[: len(devices) // 2], devices[len(devices) // 2 :])]
     compiled = after[-1].compiled - after[0].compiled
     losses = [row.loss for row in seen]
     tenth = max(1, steps // 10)
@@ -155,15 +173,15 @@ def judge(seen: list[Seen], config: RunConfig, written: int) -> list[str]:
         f"first checkpoint of {written / 2**20:,.1f} MiB {once / 2**20:.1f} MiB, the {len(by_save[1:])} after it "
         f"{later / 2**20:.1f} MiB; at the end of the run {host_rss() / 2**20:,.0f} MiB"
     )
-    known = " to ".join(f"{size / 2**30:.6f} GiB" for size in (devices[:1] + devices[1:][-1:]) if size)
-    print(f"device memory {known or 'not counted'}, different values after step {after[0].step}: {len(devices)}")
+    counted = f"{halves[0]:,} bytes, then {halves[1]:,}; at most {max(devices):,}" if devices[0] else "not counted"
+    print(f"device memory after step {after[0].step}: {counted}")
     print(f"loss {first:.4f} -> {last:.4f}, held-out {held_out}")
     problems = [
         (compiled == 0, f"{compiled} programs were compiled in the loop"),
         (in_steps <= NOISE, f"host memory grew by {in_steps:,.0f} bytes in steps"),
         (later <= NOISE, f"host memory grew by {later:,.0f} bytes at checkpoints after the first"),
         (once <= NOISE + written, f"host memory grew by {once:,.0f} bytes at the first checkpoint"),
-        (len(devices) == 1, f"device memory has {len(devices)} different values"),
+        (halves[0] == halves[1], f"device memory went from {halves[0]:,} bytes to {halves[1]:,}"),
         ([row.step for row in seen] == list(range(1, steps + 1)), "steps are missing"),
         (bool(np.isfinite(losses).all()) and last < first, f"the loss went from {first} to {last}"),
     ]

@@ -12,7 +12,8 @@ import pytest
 from tiny import accumulated, decoder_config, frozen_tree, lora_tree, packed_batch, random_documents
 
 import jaxtune.step
-from jaxtune.config import LoraConfig
+from jaxtune.config import DataConfig, LoraConfig, ModelConfig, OutputConfig, RunConfig, TrainConfig
+from jaxtune.config_io import fingerprint
 from jaxtune.host_embedding import HostEmbedding
 from jaxtune.linear import Adaptation
 from jaxtune.lora import init_lora
@@ -28,6 +29,7 @@ from jaxtune.step import (
     replicated,
     state_sharding,
 )
+from jaxtune.structure import step_settings
 
 DECODER = decoder_config()
 LORA = LoraConfig(r=4, lora_alpha=8)
@@ -112,6 +114,20 @@ def test_dropout_repeats_with_its_key_and_survives_remat() -> None:
     assert_trees_close(gradient_again, gradient, 1e-6)
     assert float(loss_and_gradient(config, batch, key=jax.random.key(6))[0]) != float(loss)
     assert float(loss_and_gradient(config, batch)[0]) == float(loss_and_gradient(STEP, batch)[0])
+
+
+def test_what_does_not_repeat_on_a_gpu_is_left_out_where_the_run_says_so() -> None:
+    flag = "xla_gpu_exclude_nondeterministic_ops"
+    plain = RunConfig(ModelConfig("model"), DataConfig("data"), OutputConfig("run"))
+    same = dataclasses.replace(plain, train=TrainConfig(deterministic=True))
+    for run, expected in ((plain, None), (same, True)):
+        settings = step_settings(run, DECODER, jnp.bfloat16, "offload")
+        options = jaxtune.step._compiler_options(settings, "gpu")
+        assert options is not None
+        assert options.get(flag) is expected
+        assert jaxtune.step._compiler_options(settings, "cpu") is None
+    # It moves sums by rounding only: a run may be continued with it.
+    assert fingerprint(plain) == fingerprint(same)
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.3])
