@@ -256,7 +256,8 @@ def step_seconds(config: RunConfig, model: Model, device: Device, dtype: str, po
     """Time of one update: matrix products at a share of the data sheet's rate, then the traffic between them.
 
     seconds = flops / (0.75 * rate) + bytes / (0.75 * bandwidth); where `offload`'s copies take longer than all of that,
-    their time; and with a paged optimizer the time of its state's way to the device and back. One card and one model were measured: elsewhere it is a guess within a factor of about 1.5.
+    their time; and with a paged optimizer the time of its state's way to the device and back. One card and one model
+    were measured: elsewhere it is a guess within a factor of about 1.5.
     """
     decoder, train = model.decoder, config.train
     tokens = train.batch_size * train.gradient_accumulation_steps * config.data.max_length
