@@ -3,12 +3,14 @@
     python benchmarks/bench_generate.py --out benchmarks/results/nvidia-h200/generate.json
 
 The model has the shape of Llama-3-8B, NF4 with double quantisation and an adapter of rank 16 on all seven linears, with
-random weights made on the device: the time of a token does not depend on them. Each case is a process of its own,
-since JAX cannot reset its peak counter. Before it is timed, its tokens are compared with those that the whole model
-gives without a cache. Times are medians of several generations after one that compiles; a token's time leaves out the
-prompt's. What is being done goes to stderr with its seconds. `--unroll` decodes with one program for all layers,
-`--xla-flags` are XLA's, `--profile` adds the kernels of a token by their time. `--tiny` takes a small shape and few
-tokens, to try the script on a CPU.
+random weights made on the device: the time of a token does not depend on them. Each case is two processes of its own:
+one compiles and compares its tokens with those that the whole model gives without a cache, the next finds the compiled
+programs and is timed, so that its peak is that of weights and generation, without what the choice of kernels takes.
+Times are medians of several generations after a first one; a token's time leaves out the prompt's. What is being done
+goes to stderr with its seconds. `--at-once` sets all cases up beside each other, which saves minutes, and still times
+one after another. `--unroll` decodes with one program for all layers, `--xla-flags` are XLA's, `--profile` adds the
+kernels of a token by their time to the cases it names. `--tiny` takes a small shape and few tokens, to try the script
+on a CPU.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +45,7 @@ from jaxtune.memory import device_peak, tree_bytes
 from jaxtune.models.config import DecoderConfig
 from jaxtune.models.decoder import hidden_states, logits
 from jaxtune.structure import frozen_structure
+from pallas_kernels.nf4 import NF4Tensor
 
 TINY = {"vocab_size": 512, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2}
 LORA = LoraConfig(r=16)
@@ -64,15 +67,31 @@ CASES = {
     "batch-16-prompt-2048": Case(16, 2048, 64),
 }
 REPEATS = 3
+# Deviation of the embedding: large enough that tokens differ to the end, small enough that what came before them tells.
+EMBEDDING = 8.0
 CHECKED = 24
 
 
 def make_generator(hf_config: dict[str, Any], unroll: bool) -> Generator:
     """The model and its adapter, random, on the device."""
     dtype, decoder = resolve_dtype(), DecoderConfig.from_hf(hf_config)
-    frozen = random_arrays(frozen_structure(hf_config, ModelConfig("-"), dtype), seed=1)
+    made = random_arrays(frozen_structure(hf_config, ModelConfig("-"), dtype), seed=1, embedding=EMBEDDING)
+    frozen = jax.tree.map(_centred, made, is_leaf=_is_packed)
     lora = random_arrays(jax.eval_shape(lambda: init_lora(LORA, decoder)), seed=2)
     return Generator(frozen, lora, decoder, adaptation(LORA), dtype, unroll)
+
+
+def _is_packed(leaf: Any) -> bool:
+    return isinstance(leaf, NF4Tensor)
+
+
+def _centred(leaf: Any) -> Any:
+    """Packed weights of mean 0. NF4's values are not, and in a product of thousands that mean would outdo all else:
+    every prompt would have the same answer, and comparing answers would show nothing."""
+    if not _is_packed(leaf):
+        return leaf
+    signs = jnp.full_like(leaf.nested_absmax, 0.15), jnp.zeros_like(leaf.nested_offset)
+    return dataclasses.replace(leaf, nested_absmax=signs[0], nested_offset=signs[1])
 
 
 def check(generator: Generator, prompt: list[int], answer: list[int]) -> float:
@@ -104,20 +123,22 @@ def progress(text: str, since: float) -> None:
     print(f"{time.perf_counter() - since:6.1f} s  {text}", file=sys.stderr, flush=True)
 
 
-def measure(name: str, tiny: bool, unroll: bool, profiled: bool) -> dict[str, Any]:
-    """One case, in this process."""
+def measure(name: str, parts: Sequence[str], options: argparse.Namespace) -> dict[str, Any]:
+    """The parts of one case, in this process: "check" its tokens, "time" them.
+
+    A peak is that of the process up to the end of what was timed, with what a check or compiling took before it.
+    """
     begun = time.perf_counter()
-    hf_config = LLAMA_3_8B | (TINY if tiny else {})
+    hf_config = LLAMA_3_8B | (TINY if options.tiny else {})
     case = CASES[name]
-    if tiny:
+    if options.tiny:
         case = dataclasses.replace(case, new=40)
     limit_memory(None)
     # XLA's own generator compiles and draws billions of numbers faster.
     jax.config.update("jax_default_prng_impl", "rbg")
-    generator = make_generator(hf_config, unroll)
+    generator = make_generator(hf_config, options.unroll)
     jax.block_until_ready(generator.frozen)
-    progress("weights made", begun)
-    held = tree_bytes(generator.frozen) + tree_bytes(generator.lora)
+    progress(f"{name}: weights made", begun)
     rng = np.random.default_rng(7)
     prompts = rng.integers(0, generator.decoder.vocab_size, (case.batch, case.prompt)).tolist()
 
@@ -133,20 +154,29 @@ def measure(name: str, tiny: bool, unroll: bool, profiled: bool) -> dict[str, An
         assert len(answer) == case.new, answer
         return first - started, (ended - first) / (case.new - made), answer
 
-    compiled = time.perf_counter()
+    started = time.perf_counter()
     *_, answer = generation()
-    compiled = time.perf_counter() - compiled
-    progress("first generation, with compiling", begun)
-    off = check(generator, prompts[0], answer[:CHECKED])
-    progress("checked", begun)
-    row: dict[str, Any] = {"case": name, **dataclasses.asdict(case), "unroll": unroll, "off_best_logit": round(off, 4)}
-    # Of bfloat16's rounding through all layers; a wrong cache or position is off by whole deviations.
-    if not off < 0.2:
-        return row | {"failed": "the tokens are not those of the whole model"}
+    first_generation = round(time.perf_counter() - started, 1)
+    progress(f"{name}: first generation, with compiling or reading what was compiled", begun)
+    row: dict[str, Any] = {"case": name, **dataclasses.asdict(case), "unroll": options.unroll}
+    row["answer"] = answer[:CHECKED]
+    if "check" in parts:
+        off = check(generator, prompts[0], answer[:CHECKED])
+        progress(f"{name}: checked", begun)
+        row |= {"first_generation_s": first_generation, "off_best_logit": round(off, 4)}
+        # Of bfloat16's rounding through all layers; a wrong cache or position is off by whole deviations.
+        if not off < 0.2:
+            return row | {"failed": "the tokens are not those of the whole model"}
+    if "time" not in parts:
+        return row
+    if options.wait:
+        print("ready", flush=True)
+        sys.stdin.readline()
     first, each, _ = zip(*(generation() for _ in range(REPEATS)))
-    progress("timed", begun)
+    progress(f"{name}: timed", begun)
     a_token, device, peak = statistics.median(each), this_device(), device_peak()
-    return row | {
+    held = tree_bytes(generator.frozen) + tree_bytes(generator.lora)
+    row |= {
         "compute": np.dtype(generator.dtype).name,
         "tokens_per_s": round(case.batch / a_token, 1),
         "ms_per_token": round(a_token * 1e3, 3),
@@ -156,9 +186,9 @@ def measure(name: str, tiny: bool, unroll: bool, profiled: bool) -> dict[str, An
         "limit_tokens_per_s": round(case.batch * device.bandwidth / (held - _embedding_bytes(generator.frozen)), 1),
         "weights_gib": round(held / 2**30, 3),
         "peak_gib": None if peak is None else round(peak / 2**30, 3),
-        "first_generation_s": round(compiled, 1),
-        **({"profile": profile(generator, prompts, case.new)} if profiled else {}),
+        "warm_first_generation_s": first_generation,
     }
+    return row | ({"profile": profile(generator, prompts, case.new)} if name in options.profile else {})
 
 
 def profile(generator: Generator, prompts: list[list[int]], new: int) -> dict[str, Any]:
@@ -198,6 +228,50 @@ def _embedding_bytes(frozen: Mapping[str, Any]) -> int:
     return tree_bytes(frozen["embed_tokens"]) if "lm_head" in frozen else 0
 
 
+class Child:
+    """One case's parts in a process of their own, which shares compiled programs with those before it."""
+
+    def __init__(self, name: str, part: str, options: argparse.Namespace, cache: str) -> None:
+        flags = [f"--{flag}" for flag in ("tiny", "unroll") if getattr(options, flag)]
+        flags += ["--profile", name] if name in options.profile else []
+        command = [sys.executable, __file__, "--cases", name, "--here", part, "--wait", *flags]
+        kept = {"JAX_COMPILATION_CACHE_DIR": cache, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+        flags_of_xla = f"{os.environ.get('XLA_FLAGS', '')} {options.xla_flags}".strip()
+        environment = os.environ | kept | {"XLA_FLAGS": flags_of_xla}
+        pipe: Any = subprocess.PIPE
+        self.name = name
+        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment)
+
+    def wait_until_ready(self) -> None:
+        """Wait for what comes before timing."""
+        assert self.process.stdout is not None
+        self.process.stdout.readline()
+
+    def row(self) -> dict[str, Any]:
+        """Let it go on to its end; the row that it prints last."""
+        out, _ = self.process.communicate("go\n")
+        if self.process.returncode:
+            return {"case": self.name, "failed": f"exit status {self.process.returncode}"}
+        row: dict[str, Any] = json.loads(out.splitlines()[-1])
+        return row
+
+
+def measure_all(names: Sequence[str], options: argparse.Namespace, cache: str) -> Iterator[dict[str, Any]]:
+    """A row of each case: set up beside each other, checked, and timed one after another."""
+    checking = [Child(name, "check", options, cache) for name in names]
+    checked = {child.name: child.row() for child in checking}
+    good = [name for name, row in checked.items() if "failed" not in row]
+    yield from (row for row in checked.values() if "failed" in row)
+    timing = [Child(name, "time", options, cache) for name in good]
+    for child in timing:
+        child.wait_until_ready()
+    for child in timing:
+        row = checked[child.name] | child.row()
+        if "failed" not in row and row["answer"] != checked[child.name]["answer"]:
+            row["failed"] = "the tokens are not those that were checked"
+        yield row
+
+
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description="Measure generation.")
@@ -206,22 +280,21 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="a small shape, to try the script")
     parser.add_argument("--unroll", action="store_true", help="decode with one program for all layers")
     parser.add_argument("--xla-flags", default="", help="added to XLA_FLAGS of each case")
-    parser.add_argument("--profile", action="store_true", help="one more dispatch, by kernel")
-    parser.add_argument("--here", action="store_true", help="one case in this process, its row to stdout")
+    parser.add_argument("--profile", nargs="+", choices=CASES, default=[], help="cases: one more dispatch, by kernel")
+    parser.add_argument("--at-once", action="store_true", help="set all cases up beside each other: needs their memory")
+    parser.add_argument("--here", nargs="+", choices=["check", "time"], help="parts of one case in this process")
+    parser.add_argument("--wait", action="store_true", help="with --here: for a line of input before timing")
     options = parser.parse_args()
     if options.here:
-        print(json.dumps(measure(options.cases[0], options.tiny, options.unroll, options.profile)))
+        print(json.dumps(measure(options.cases[0], options.here, options)))
         return
     rows = []
-    flags = [f"--{flag}" for flag in ("tiny", "unroll", "profile") if getattr(options, flag)]
-    environment = os.environ | {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {options.xla_flags}".strip()}
-    for name in options.cases:
-        command = [sys.executable, __file__, "--here", "--cases", name, *flags]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, env=environment)
-        failed = {"case": name, "failed": f"exit status {done.returncode}"}
-        rows.append(failed if done.returncode else json.loads(done.stdout))
-        rows[-1] |= {"xla_flags": options.xla_flags} if options.xla_flags else {}
-        print(json.dumps(rows[-1]), flush=True)
+    with tempfile.TemporaryDirectory() as cache:
+        for names in [options.cases] if options.at_once else [[name] for name in options.cases]:
+            for row in measure_all(names, options, cache):
+                row.pop("answer", None)
+                rows.append(row | ({"xla_flags": options.xla_flags} if options.xla_flags else {}))
+                print(json.dumps(rows[-1]), flush=True)
     if options.out is not None:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(header() | {"rows": rows}, indent=1) + "\n", encoding="utf-8")

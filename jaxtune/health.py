@@ -240,34 +240,37 @@ def planned_step(plan: Plan) -> Check:
     return Check("a Llama-3-8B step", ok, tuple(lines), plan.to_json())
 
 
-def random_arrays(structure: Any, seed: int) -> Any:
-    """Arrays of a structure, made on the default device leaf by leaf: such values that every layer has its say."""
+def random_arrays(structure: Any, seed: int, embedding: float = 0.1) -> Any:
+    """Arrays of a structure, made on the default device leaf by leaf: such values that every layer has its say.
+
+    embedding: deviation of the embedding's values; the larger, the more of a token is left behind the last layer.
+    """
     leaves, tree = jax.tree_util.tree_flatten_with_path(structure)
     keys = jax.random.split(jax.random.key(seed), len(leaves))
 
     def make(path: tuple[Any, ...], leaf: Any, key: Any) -> jax.Array:
         name = str(getattr(path[-1], "key", getattr(path[-1], "name", "")))
-        return _random(tuple(leaf.shape), np.dtype(leaf.dtype).name, name, key)
+        return _random(tuple(leaf.shape), np.dtype(leaf.dtype).name, name, embedding, key)
 
     return jax.tree.unflatten(tree, [make(path, leaf, key) for (path, leaf), key in zip(leaves, keys)])
 
 
 # Elements that are drawn at once.
-_AT_ONCE = 2**26
+_AT_ONCE = 2**24
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2))
-def _random(shape: tuple[int, ...], dtype: str, name: str, key: Any) -> jax.Array:
+@partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _random(shape: tuple[int, ...], dtype: str, name: str, embedding: float, key: Any) -> jax.Array:
     if len(shape) > 1 and math.prod(shape) > _AT_ONCE:
         # A part at a time: generators need several times what they make.
-        part, keys = partial(_random, shape[1:], dtype, name), jax.random.split(key, shape[0])
+        part, keys = partial(_random, shape[1:], dtype, name, embedding), jax.random.split(key, shape[0])
         return jax.lax.map(part, keys, batch_size=max(1, _AT_ONCE // math.prod(shape[1:])))
     if dtype == "uint8":
         return jax.random.bits(key, shape, jnp.uint8)
     if not jnp.issubdtype(dtype, jnp.floating):
         return jnp.zeros(shape, dtype)
     mean = {"scale": 1.0, "absmax": 0.04, "nested_offset": 0.04}.get(name, 0.0)
-    deviation = {"scale": 0.1, "absmax": 0.001, "nested_offset": 0.001, "nested_absmax": 0.01, "embedding": 0.1}
+    deviation = {"scale": 0.1, "absmax": 0.001, "nested_offset": 0.001, "nested_absmax": 0.01, "embedding": embedding}
     values = mean + deviation.get(name, 0.02) * jax.random.normal(key, shape, dtype)
     # Moments of the optimizer and scales of scales are not negative.
     return jnp.abs(values) if name in ("nested_absmax", "v") else values
