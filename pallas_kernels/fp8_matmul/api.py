@@ -12,7 +12,7 @@ from jax import Array
 from jaxtyping import Float, Float32
 
 from pallas_kernels._dispatch import choose
-from pallas_kernels.fp8_matmul import triton, xla
+from pallas_kernels.fp8_matmul import triton, triton_rows, xla
 from pallas_kernels.fp8_matmul.reference import quantize_rows_reference
 from pallas_kernels.nf4 import NF4Layer, NF4Tensor
 
@@ -31,8 +31,9 @@ def fp8_matmul(
     Args:
         x: [..., K], bfloat16, float16 or float32.
         w: [N, K], dense or packed; a packed one is decoded to e4m3 straight, once in each pass.
-        implementation: of decoding: "triton", "xla", or None to choose. The product is XLA's: through cuBLASLt in 8
-            bits on GPUs of compute capability 8.9 and newer, of widened operands elsewhere.
+        implementation: of decoding, of rounding rows and of finishing results: "triton", "xla", or None to choose for
+            each. The product between is XLA's: through cuBLASLt in 8 bits on GPUs of compute capability 8.9 and newer,
+            of widened operands elsewhere.
 
     Returns:
         [..., N] in x's dtype.
@@ -56,7 +57,7 @@ def quantize_rows(x: Float[Array, "M K"]) -> tuple[Any, Float32[Array, M]]:
     A row's largest absolute value becomes 448, e4m3's largest. Rows of zeros have a small positive scale; what is not
     finite stays so.
     """
-    return quantize_rows_reference(x)
+    return _quantize(x, None, None)
 
 
 def decode_fp8(
@@ -82,19 +83,53 @@ def decode_fp8(
 
 
 def fp8_product(
-    x: Float[Array, "M K"], weights: Sequence[Weight], implementation: str | None = None
+    x: Float[Array, "M K"],
+    weights: Sequence[Weight],
+    *,
+    low_rank: tuple[Float[Array, "M R"], Float[Array, "N R"]] | None = None,
+    implementation: str | None = None,
 ) -> Float[Array, "M N"]:
-    """x W^T of the weights below each other, without a gradient rule; see `fp8_matmul`."""
+    """x W^T of the weights below each other, without a gradient rule; see `fp8_matmul`.
+
+    low_rank: t and b, in x's dtype: their product t b^T, which is not in 8 bits, is added.
+    """
     w, w_scale = decode_fp8(weights, implementation=implementation)
-    return xla.product(*quantize_rows(x), w, w_scale, x.dtype)
+    values, scale = _quantize(x, None, implementation)
+    return _finish(xla.raw_product(values, w, x.dtype), scale, w_scale, low_rank, x.dtype, implementation)
 
 
 def fp8_product_transposed(
-    dy: Float[Array, "M N"], weights: Sequence[Weight], implementation: str | None = None
+    dy: Float[Array, "M N"],
+    weights: Sequence[Weight],
+    *,
+    low_rank: tuple[Float[Array, "M R"], Float[Array, "K R"]] | None = None,
+    implementation: str | None = None,
 ) -> Float[Array, "M K"]:
-    """dY W of the weights below each other, without a gradient rule; see `fp8_matmul`."""
+    """dY W of the weights below each other, without a gradient rule; low_rank as in `fp8_product`."""
     w, w_scale = decode_fp8(weights, transposed=True, implementation=implementation)
-    return xla.product(*quantize_rows(dy.astype(jnp.float32) * w_scale), w, None, dy.dtype)
+    values, scale = _quantize(dy, w_scale, implementation)
+    return _finish(xla.raw_product(values, w, dy.dtype), scale, None, low_rank, dy.dtype, implementation)
+
+
+def _quantize(x: Array, column_scale: Array | None, implementation: str | None) -> tuple[Any, Array]:
+    candidates = {"triton": lambda: triton_rows.quantize_reason(x), "xla": lambda: None}
+    if choose("fp8_matmul, rows rounded", implementation, candidates) == "triton":
+        return triton_rows.quantize_rows_triton(x, column_scale)
+    return quantize_rows_reference(x if column_scale is None else x.astype(jnp.float32) * column_scale)
+
+
+def _finish(
+    raw: Array,
+    row_scale: Array,
+    column_scale: Array | None,
+    low_rank: xla.LowRank | None,
+    dtype: Any,
+    implementation: str | None,
+) -> Array:
+    candidates = {"triton": triton_rows.finish_reason, "xla": lambda: None}
+    if choose("fp8_matmul, results finished", implementation, candidates) == "triton":
+        return triton_rows.finish_triton(raw, row_scale, column_scale, low_rank).astype(dtype)
+    return xla.finish_xla(raw, row_scale, column_scale, low_rank, dtype)
 
 
 def _choose(weights: Sequence[Weight], implementation: str | None) -> str:
@@ -114,7 +149,7 @@ def _decoded(w: Weight, transposed: bool) -> tuple[Array, Array]:
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _matmul(x: Array, w: Weight, implementation: str | None) -> Array:
-    return fp8_product(x, [w], implementation)
+    return fp8_product(x, [w], implementation=implementation)
 
 
 def _forward(x: Array, w: Weight, implementation: str | None) -> tuple[Array, Weight]:
@@ -122,7 +157,7 @@ def _forward(x: Array, w: Weight, implementation: str | None) -> tuple[Array, We
 
 
 def _backward(implementation: str | None, w: Weight, dy: Array) -> tuple[Array, None]:
-    return fp8_product_transposed(dy, [w], implementation), None
+    return fp8_product_transposed(dy, [w], implementation=implementation), None
 
 
 _matmul.defvjp(_forward, _backward)

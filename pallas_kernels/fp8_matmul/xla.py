@@ -17,14 +17,24 @@ from pallas_kernels.fp8_matmul.reference import E4M3, row_scales
 from pallas_kernels.nf4 import NF4_TABLE, NF4Tensor
 from pallas_kernels.nf4.reference import decode_scales
 
+LowRank = tuple[Array, Array]
 
-def product(a: Array, a_scale: Array, b: Array, b_scale: Array | None, dtype: Any) -> Array:
-    """a b^T of e4m3 [M, K] and [N, K], its rows times a_scale [M] and its columns times b_scale [N], in `dtype`."""
+
+def raw_product(a: Array, b: Array, dtype: Any) -> Array:
+    """a b^T of e4m3 [M, K] and [N, K] without their scales, in a dtype that its sums are within the range of."""
     # Unscaled sums are within bfloat16's range, and beyond float16's.
     raw = jnp.bfloat16 if dtype == jnp.bfloat16 else jnp.float32
-    y = lax.dot_general(a, b, (((1,), (1,)), ((), ())), preferred_element_type=raw).astype(jnp.float32)
-    scale = a_scale[:, None] if b_scale is None else a_scale[:, None] * b_scale
-    return (y * scale).astype(dtype)
+    return lax.dot_general(a, b, (((1,), (1,)), ((), ())), preferred_element_type=raw)
+
+
+def finish_xla(raw: Array, row_scale: Array, column_scale: Array | None, low_rank: LowRank | None, dtype: Any) -> Array:
+    """raw [M, N] times its rows' scales and its columns' in `dtype`, plus t b^T of low_rank = (t [M, R], b [N, R])."""
+    scale = row_scale[:, None] if column_scale is None else row_scale[:, None] * column_scale
+    y = (raw.astype(jnp.float32) * scale).astype(dtype)
+    if low_rank is None:
+        return y
+    t, b = low_rank
+    return y + lax.dot_general(t, b, (((1,), (1,)), ((), ())))
 
 
 def block_scales(w: NF4Tensor) -> tuple[Array, Array]:

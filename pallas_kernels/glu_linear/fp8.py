@@ -17,7 +17,6 @@ from pallas_kernels.glu import glu_backward, glu_forward
 from pallas_kernels.lora_linear.fp8 import base_product_transposed, forward, forward_tail, low_rank_gradient
 from pallas_kernels.lora_linear.projection import (
     Projection,
-    dot,
     low_rank_backward,
     outer,
     outer_transposed,
@@ -61,19 +60,21 @@ def _bwd(
 ) -> tuple[Any, ...]:
     gate_up, t, projection, dropout_key = residuals
     group = [projection]
-    dh = base_product_transposed(dy, group)
     if t is None:
+        dh = base_product_transposed(dy, group)
         _, (d_gate_up,) = glu_backward(dh, (gate_up,), activation=activation, with_h=False)
         return d_gate_up, projection.gradient(None, None), None
     a, dt = stacked_a(group, t.shape[1], scaling, dy.dtype), low_rank_gradient(dy, t, group)
     if dropout_rate == 0.0 or dropout_key is None:
-        h, (d_gate_up,) = glu_backward(dh + dot(dt, a, 0), (gate_up,), activation=activation)
+        dh = base_product_transposed(dy, group, (dt, a.T))
+        h, (d_gate_up,) = glu_backward(dh, (gate_up,), activation=activation)
         assert h is not None
         d_a = outer(dt, h)
     else:
         h = glu_forward((gate_up,), activation=activation)
         through_adapter, d_a = low_rank_backward(dt, h, a, group, dropout_key, dropout_rate)
-        _, (d_gate_up,) = glu_backward(dh + through_adapter, (gate_up,), activation=activation, with_h=False)
+        dh = base_product_transposed(dy, group) + through_adapter
+        _, (d_gate_up,) = glu_backward(dh, (gate_up,), activation=activation, with_h=False)
     (gradient,) = split_gradients(group, scaling * d_a, outer_transposed(t, dy))
     return d_gate_up, gradient, None
 

@@ -2,8 +2,8 @@
 
 Why it exists: on Hopper and newer an 8-bit product takes half of a bf16 one's time, and the base is most of a layer's
 work; a base of 4 bits has an error of its own beside which e4m3's is small. Numerics: the base's products as
-`fp8_matmul` has them, rounded to x's dtype; the adapters' products stay in x's dtype, as in the separate form (see
-projection.py), and are added to them. Saved for the backward pass: x and its low-rank product, neither of them in 8
+`fp8_matmul` has them; the adapters' products stay in x's dtype and are added to them in the pass that multiplies the
+scales in. Saved for the backward pass: x and its low-rank product, neither of them in 8
 bits. Members of a group that are not marked `fp8` are computed in x's dtype. Where all have an exact forward pass, that
 is the extended form's.
 """
@@ -26,6 +26,7 @@ from pallas_kernels.lora_linear.projection import (
     dot,
     low_rank,
     low_rank_backward,
+    outer,
     outer_transposed,
     split_gradients,
     stacked_a,
@@ -36,24 +37,33 @@ from pallas_kernels.lora_linear.projection import (
 from pallas_kernels.lora_linear.triton import extended_product
 from pallas_kernels.nf4 import NF4Layer, NF4Tensor, dequantize
 
+LowRank = tuple[Array, Array]
 
-def base_product(x: Array, group: Group) -> Array:
-    """[M, K] -> [M, sum of N]: the frozen layers beside each other, without bias."""
+
+def base_product(x: Array, group: Group, low_rank: LowRank | None = None) -> Array:
+    """[M, K] -> [M, sum of N]: the frozen layers beside each other, without bias; plus t b^T of low_rank = (t, b)."""
     weights, x = tied(group, x)
-    runs = _runs([p.fp8 and not p.exact_forward for p in group], weights)
-    parts = [fp8_product(x, run) if fp8 else dot(x, _matrix(run, x.dtype), 1) for fp8, run in runs]
+    parts, row = [], 0
+    for fp8, run in _runs([p.fp8 and not p.exact_forward for p in group], weights):
+        end = row + sum(w.shape[0] for w in run)
+        added = None if low_rank is None else (low_rank[0], low_rank[1][row:end])
+        parts.append(fp8_product(x, run, low_rank=added) if fp8 else _plus(dot(x, _matrix(run, x.dtype), 1), added))
+        row = end
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
 
 
-def base_product_transposed(dy: Array, group: Group) -> Array:
-    """[M, sum of N] -> [M, K]: the gradient of `base_product`."""
+def base_product_transposed(dy: Array, group: Group, low_rank: LowRank | None = None) -> Array:
+    """[M, sum of N] -> [M, K]: the gradient of `base_product`; plus t b^T."""
     weights, dy = tied(group, dy)
     total, column = None, 0
     for fp8, run in _runs([p.fp8 for p in group], weights):
-        width = sum(w.shape[0] for w in run)
-        part = dy[:, column : column + width]
-        dx = fp8_product_transposed(part, run) if fp8 else dot(part, _matrix(run, dy.dtype), 0)
-        total, column = dx if total is None else total + dx, column + width
+        end = column + sum(w.shape[0] for w in run)
+        part, added = dy[:, column:end], low_rank if column == 0 else None
+        if fp8:
+            dx = fp8_product_transposed(part, run, low_rank=added)
+        else:
+            dx = _plus(dot(part, _matrix(run, dy.dtype), 0), added)
+        total, column = dx if total is None else total + dx, end
     assert total is not None
     return total
 
@@ -70,11 +80,11 @@ def forward(
     """The layers on x [M, K + forward_tail]: [M, sum of N]; and the low-rank product, None without adapters."""
     if forward_tail(group):
         return extended_product(x, group, dropout_key, scaling, dropout_rate)
-    y, t = with_bias(base_product(x, group), group), None
-    if tail := tail_width(group, extended=False):
-        t = low_rank(x, stacked_a(group, tail, scaling, x.dtype), group, dropout_key, dropout_rate)
-        y = y + dot(t, block_b(group, tail, x.dtype), 1)
-    return y, t
+    tail = tail_width(group, extended=False)
+    if tail == 0:
+        return with_bias(base_product(x, group), group), None
+    t = low_rank(x, stacked_a(group, tail, scaling, x.dtype), group, dropout_key, dropout_rate)
+    return with_bias(base_product(x, group, (t, block_b(group, tail, x.dtype))), group), t
 
 
 def low_rank_gradient(dy: Array, t: Array, group: Group) -> Array:
@@ -99,12 +109,15 @@ def _fwd(
 
 def _bwd(scaling: float, dropout_rate: float, residuals: tuple[Any, ...], dy: Array) -> tuple[Any, ...]:
     x, t, group, dropout_key = residuals
-    dx = base_product_transposed(dy, group)
     if t is None:
-        return dx, split_gradients(group, None, None), None
+        return base_product_transposed(dy, group), split_gradients(group, None, None), None
     a, dt = stacked_a(group, t.shape[1], scaling, dy.dtype), low_rank_gradient(dy, t, group)
-    through_adapter, d_a = low_rank_backward(dt, x, a, group, dropout_key, dropout_rate)
-    return dx + through_adapter, split_gradients(group, scaling * d_a, outer_transposed(t, dy)), None
+    if dropout_rate == 0.0 or dropout_key is None:
+        dx, d_a = base_product_transposed(dy, group, (dt, a.T)), outer(dt, x)
+    else:
+        through_adapter, d_a = low_rank_backward(dt, x, a, group, dropout_key, dropout_rate)
+        dx = base_product_transposed(dy, group) + through_adapter
+    return dx, split_gradients(group, scaling * d_a, outer_transposed(t, dy)), None
 
 
 lora_linear_fp8.defvjp(_fwd, _bwd)
@@ -114,6 +127,10 @@ def _runs(in_fp8: list[bool], weights: list[Any]) -> list[tuple[bool, list[Any]]
     """Neighbours that are computed alike."""
     alike = itertools.groupby(zip(in_fp8, weights, strict=True), key=lambda pair: pair[0])
     return [(fp8, [w for _, w in run]) for fp8, run in alike]
+
+
+def _plus(y: Array, low_rank: LowRank | None) -> Array:
+    return y if low_rank is None else y + dot(*low_rank, 1)
 
 
 def _matrix(weights: list[Any], dtype: Any) -> Array:

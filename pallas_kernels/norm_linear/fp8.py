@@ -18,7 +18,6 @@ from jax.ad_checkpoint import checkpoint_name
 from pallas_kernels.lora_linear.fp8 import base_product_transposed, forward, forward_tail, low_rank_gradient
 from pallas_kernels.lora_linear.projection import (
     Group,
-    dot,
     low_rank_backward,
     outer,
     outer_transposed,
@@ -78,17 +77,18 @@ def _bwd(
 ) -> tuple[Any, ...]:
     total, inverse, t, scale, group, dropout_key, had_residual = residuals
     dy, d_total = cotangents
-    dh, extra, gradients = base_product_transposed(dy, group), None, split_gradients(group, None, None)
+    through_adapter, extra, gradients = None, None, split_gradients(group, None, None)
     if t is not None:
         a, dt = stacked_a(group, t.shape[1], scaling, dy.dtype), low_rank_gradient(dy, t, group)
         if dropout_rate == 0.0 or dropout_key is None:
-            extra = dot(dt, a, 0)
+            through_adapter = dt, a.T
             weight = scale.astype(jnp.float32) + (1.0 if unit_offset else 0.0)
             d_a = outer((dt * inverse[:, None]).astype(dt.dtype), total) * weight
         else:
             h = rms_norm_forward(total, scale, eps=eps, unit_offset=unit_offset)[0]
             extra, d_a = low_rank_backward(dt, h, a, group, dropout_key, dropout_rate)
         gradients = split_gradients(group, scaling * d_a, outer_transposed(t, dy))
+    dh = base_product_transposed(dy, group, through_adapter)
     dx = rms_norm_backward(total, scale, inverse, dh, extra=extra, d_total=d_total, unit_offset=unit_offset)
     return dx, None if had_residual is None else dx, None, gradients, None
 
