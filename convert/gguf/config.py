@@ -223,15 +223,23 @@ def _rope_scaling(metadata: Metadata, by_word: Mapping[str, np.ndarray], head_di
     return {"rope_type": "freq_factors", "factors": [float(factor) for factor in factors]}
 
 
+def yarn_attention(factor: float, scale: float = 1.0) -> float:
+    """What queries and keys are multiplied by where yarn's config has no factor for it (arXiv:2309.00071, 3.4)."""
+    return 1.0 + 0.1 * scale * math.log(factor) if factor > 1.0 else 1.0
+
+
 def _yarn(metadata: Metadata, factor: float) -> dict[str, Any]:
     key = metadata.of_model
-    if metadata.get(key("rope.scaling.yarn_attn_factor"), 1.0) != 1.0:
-        raise NotImplementedError(f"{metadata.path}: yarn with an attention factor of its own is not supported")
+    for name, usual in (("yarn_attn_factor", 1.0), ("yarn_log_multiplier", 0.0)):
+        if metadata.get(key(f"rope.scaling.{name}"), usual) != usual:
+            raise NotImplementedError(f"{metadata.path}: yarn with rope.scaling.{name} is not supported")
     scaling: dict[str, Any] = {"rope_type": "yarn", "factor": factor}
     scaling["original_max_position_embeddings"] = metadata[key("rope.scaling.original_context_length")]
     for name in ("beta_fast", "beta_slow"):
         if metadata.get(key(f"rope.scaling.yarn_{name}")):
             scaling[name] = metadata.decimal(key(f"rope.scaling.yarn_{name}"))
+    if metadata.get(key("rope.scaling.attn_factor"), 1.0) != 1.0:
+        scaling["attention_factor"] = metadata.decimal(key("rope.scaling.attn_factor")) * yarn_attention(factor)
     return scaling
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from gguf import MODEL_ARCH, TensorNameMap, get_tensor_name_map
 
-from convert.gguf.config import llama3_factors
+from convert.gguf.config import llama3_factors, yarn_attention
 
 log = logging.getLogger(__name__)
 
@@ -148,11 +148,16 @@ def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
         metadata |= {"rope.scaling.type": kind, "rope.scaling.factor": float(rope["factor"])}
     if kind == "yarn":
         metadata["rope.scaling.original_context_length"] = int(_original_context(config, rope))
-        for ours, theirs in (("attention_factor", "yarn_attn_factor"), ("beta_fast", "yarn_beta_fast")):
-            if rope.get(ours) is not None:
-                metadata[f"rope.scaling.{theirs}"] = float(rope[ours])
-        if rope.get("beta_slow") is not None:
-            metadata["rope.scaling.yarn_beta_slow"] = float(rope["beta_slow"])
+        for name in ("beta_fast", "beta_slow"):
+            if rope.get(name) is not None:
+                metadata[f"rope.scaling.yarn_{name}"] = float(rope[name])
+        factor, attention = rope["factor"], rope.get("attention_factor")
+        scales = rope.get("mscale"), rope.get("mscale_all_dim")
+        if attention is None and all(scales):
+            attention = yarn_attention(factor, scales[0]) / yarn_attention(factor, scales[1])
+        if attention is not None:
+            # llama.cpp multiplies its own factor by this one.
+            metadata["rope.scaling.attn_factor"] = attention / yarn_attention(factor)
     if kind in ("longrope", "su"):
         original = _original_context(config, rope)
         ratio = rope.get("factor") or config["max_position_embeddings"] / original

@@ -115,6 +115,7 @@ GGUF_CASES = [name for name in PLAIN if name != "Mistral"] + [
     "Mistral without a window",
     "Llama, llama3 rope",
     "Llama, yarn rope",
+    "Qwen3, yarn rope with speeds of its own",
     "Phi-3, window",
     "Phi-3, partial rotation",
     "Phi-3, longrope beyond its original context",
