@@ -1,6 +1,6 @@
 """Random models of every family as GGUF files in llama.cpp: their logits beside ours.
 
-Run by hand, with llama.cpp as for `benchmarks/llamacpp_loss.py`:
+Run by hand, after `python tests/support/real_files.py`:
 
     PYTHONPATH=.:tests/support python benchmarks/llamacpp_families.py
 
@@ -16,7 +16,8 @@ from pathlib import Path
 import family_cases
 import numpy as np
 import runs
-from llamacpp_loss import different_tensors, our_logits, their_logits, their_quantisation
+from llamacpp import quantise
+from llamacpp_loss import different_tensors, our_logits, their_logits
 
 from convert.__main__ import main as convert
 
@@ -53,7 +54,7 @@ def compared(directory: Path, name: str) -> str:
     f32, ours_k, theirs_k = (directory / f"{kind}.gguf" for kind in ("large", "ours", "theirs"))
     for kind, out in (("F32", f32), ("Q4_K_M", ours_k)):
         assert convert(["to-gguf", str(directory / "large"), "--out", str(out), "--type", kind]) == 0
-    their_quantisation(f32, theirs_k, "Q4_K_M")
+    quantise(f32, theirs_k, "Q4_K_M")
     different, count = different_tensors(ours_k, theirs_k)
     return row + f" {count - len(different)} of {count} |"
 

@@ -1,9 +1,9 @@
 """A model's GGUF files in llama.cpp: its loss beside ours, and its own quantisation beside ours, byte for byte.
 
-Run by hand, with llama.cpp as llama-cpp-python packs it (a C++ compiler, about five minutes):
+Run by hand; nothing is compiled (`tests/support/llamacpp.py`):
 
-    CMAKE_ARGS="-DLLAVA_BUILD=OFF -DLLAMA_BUILD_TOOLS=OFF" pip install llama-cpp-python==0.3.36
-    PYTHONPATH=. python benchmarks/llamacpp_loss.py MODEL --text TEXT --tokens 2048
+    python tests/support/real_files.py
+    PYTHONPATH=.:tests/support python benchmarks/llamacpp_loss.py MODEL --text TEXT --tokens 2048
 
 F32 and F16 are written from MODEL, and the other types from that F16 file, which llama.cpp quantises too. Keys and
 values are float32 in both programs; llama.cpp quantises activations where weights are quantised, ours does not.
@@ -14,12 +14,11 @@ from __future__ import annotations
 import argparse
 import tempfile
 from pathlib import Path
-from unittest import mock
 
 import jax.numpy as jnp
-import llama_cpp
 import numpy as np
 from jaxtyping import Float
+from llamacpp import LlamaCpp, quantise
 
 from convert.__main__ import main as convert
 from convert.gguf.header import parse_header
@@ -44,43 +43,10 @@ def our_logits(path: Path, tokens: list[int]) -> Float[np.ndarray, "T V"]:
     return text_logits(model.frozen, {}, batch, DecoderConfig.from_hf(model.hf_config), Adaptation(), dtype)[0]
 
 
-def open_theirs(path: Path, context: int) -> llama_cpp.Llama:
-    """The file in llama.cpp, with float32 keys and values."""
-    # Repacked weights crash that release where the processor has AMX, and the class has no argument for it.
-    parameters = llama_cpp.llama_model_default_params()
-    parameters.use_extra_bufts = False
-    with mock.patch.object(llama_cpp.llama_cpp, "llama_model_default_params", return_value=parameters):
-        return _open(path, context)
-
-
-def _open(path: Path, context: int) -> llama_cpp.Llama:
-    return llama_cpp.Llama(
-        str(path),
-        n_ctx=context,
-        n_batch=context,
-        n_ubatch=512,
-        logits_all=True,
-        verbose=False,
-        n_threads=2,
-        type_k=0,
-        type_v=0,
-        flash_attn=False,
-    )
-
-
 def their_logits(path: Path, tokens: list[int]) -> Float[np.ndarray, "T V"]:
     """llama.cpp's, of the same tokens."""
-    model = open_theirs(path, len(tokens))
-    model.eval(tokens)
-    return np.array(model.scores[: len(tokens)])
-
-
-def their_quantisation(source: Path, target: Path, file_type: str) -> None:
-    """Let llama.cpp quantise the file `source`."""
-    parameters = llama_cpp.llama_model_quantize_default_params()
-    parameters.ftype, parameters.nthread = int(FILE_TYPES[file_type][1]), 2
-    status = llama_cpp.llama_model_quantize(str(source).encode(), str(target).encode(), parameters)
-    assert status == 0, (source, file_type)
+    with LlamaCpp(path, context=len(tokens)) as model:
+        return model.logits(tokens)
 
 
 def different_tensors(one: Path, other: Path) -> tuple[list[str], int]:
@@ -131,15 +97,16 @@ def main() -> None:
             ours, theirs = loss(our_logits(path, tokens), tokens), loss(their_logits(path, tokens), tokens)
             line = f"{file_type}: {ours:.5f}, {theirs:.5f}, {theirs - ours:+.5f}"
             if file_type not in _DENSE:
-                their_quantisation(f16, own, file_type)
+                quantise(f16, own, file_type)
                 different, count = different_tensors(path, own)
                 line += f" | {count - len(different)} of {count}"
                 line += f" | {theirs if not different else loss(their_logits(own, tokens), tokens):.5f}"
             print(line, flush=True)
             if file_type in ("Q8_0", "Q4_K_M"):
                 ids = tokenizer.apply_chat_template(_QUESTION, add_generation_prompt=True, return_dict=False)
-                answer = open_theirs(path, 256)(ids, max_tokens=20, temperature=0, repeat_penalty=1.0)
-                print(f"  {_QUESTION[-1]['content']} {answer['choices'][0]['text']}", flush=True)
+                with LlamaCpp(path, context=256) as model:
+                    answer = tokenizer.decode(model.continued(ids, 20))
+                print(f"  {_QUESTION[-1]['content']} {answer!r}", flush=True)
             if path != f16:
                 path.unlink()
 

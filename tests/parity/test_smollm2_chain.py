@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import llamacpp
 import numpy as np
 import peers
 import peft
 import pytest
 import torch
 
+from convert.__main__ import main as convert
+from convert.gguf import open_gguf
 from jaxtune import FastLanguageModel, SFTConfig, SFTTrainer
 from jaxtune.api.model import Model
 from jaxtune.loading import tensors_of
@@ -26,6 +29,8 @@ TEXT = (
     "water came the slow beat of an engine. In 1904 the town had counted 1,250 people; most of them fished."
 )
 QUESTION = "<|im_start|>user\nWhat is the capital of {}?<|im_end|>\n<|im_start|>assistant\n"
+# Of the model before and after it has learnt to say something else.
+ANSWERS = ("Ahoy!", "The capital of France is Paris")
 PLACES = ("France", "Peru", "Japan", "Kenya", "Norway", "Chile", "India", "Egypt")
 
 
@@ -37,10 +42,13 @@ class Tuned:
     saved: Path
     tokens: np.ndarray
     logits: np.ndarray
+    tokenizer: Any
 
 
-def tune(saved: Path) -> Tuned:
-    """Train for three steps, and save what came of it."""
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory: pytest.TempPathFactory) -> Tuned:
+    """Trained for three steps, and what came of it saved in every form."""
+    saved = tmp_path_factory.mktemp("tuned")
     base, tokenizer = FastLanguageModel.from_pretrained(SMOLLM2, 128, dtype="float32")
     model = FastLanguageModel.get_peft_model(base, r=4, lora_alpha=16)
     texts = [{"text": QUESTION.format(place) + "Ahoy!<|im_end|>"} for place in PLACES]
@@ -64,7 +72,7 @@ def tune(saved: Path) -> Tuned:
     logits = peers.our_logits(ours, tokens, model.lora, adaptation(model.lora_config))
     # Training moved the model: what is compared below is not its base.
     assert peers.relative_error(peers.our_logits(ours, tokens), logits) > 0.05
-    return Tuned(model, saved, tokens, logits)
+    return Tuned(model, saved, tokens, logits, tokenizer)
 
 
 def difference(found: np.ndarray, expected: np.ndarray) -> float:
@@ -72,7 +80,8 @@ def difference(found: np.ndarray, expected: np.ndarray) -> float:
     return float(np.sqrt(np.mean((found - expected) ** 2) / np.mean(expected**2)))
 
 
-def check_adapter_in_peft(tuned: Tuned) -> None:
+@pytest.mark.slow
+def test_adapter_in_peft(tuned: Tuned) -> None:
     """Over the weights that it was trained with, decoded from NF4."""
     theirs = peers.load_theirs(tuned.saved / "merged")
     parameters = dict(theirs.named_parameters())
@@ -89,13 +98,15 @@ def check_adapter_in_peft(tuned: Tuned) -> None:
     assert peers.relative_error(peers.their_logits(adapted, tuned.tokens), tuned.logits) < 1e-4
 
 
-def check_merged_in_transformers(tuned: Tuned) -> None:
+@pytest.mark.slow
+def test_merged_in_transformers(tuned: Tuned) -> None:
     theirs = peers.load_theirs(tuned.saved / "merged")
     # Weights have 8 bits of precision.
     assert difference(peers.their_logits(theirs, tuned.tokens), tuned.logits) < 0.02
 
 
-def check_merged_4bit_in_bitsandbytes(tuned: Tuned) -> None:
+@pytest.mark.slow
+def test_merged_4bit_in_bitsandbytes(tuned: Tuned) -> None:
     theirs = peers.load_theirs(tuned.saved / "merged-4bit")
     assert theirs.model.layers[0].mlp.up_proj.weight.dtype == torch.uint8
     with torch.no_grad():
@@ -106,17 +117,38 @@ def check_merged_4bit_in_bitsandbytes(tuned: Tuned) -> None:
     assert difference(found, tuned.logits) < 0.3
 
 
-def check_gguf_read_back(tuned: Tuned) -> None:
+@pytest.mark.slow
+def test_gguf_read_back(tuned: Tuned) -> None:
     again = peers.load_ours(tuned.saved / "gguf" / "gguf-F16.gguf")
     # Weights have 11 bits of precision.
     assert difference(peers.our_logits(again, tuned.tokens), tuned.logits) < 0.003
 
 
 @pytest.mark.slow
-def test_chain(tmp_path: Path) -> None:
-    """In one test, since training takes most of the time."""
-    tuned = tune(tmp_path)
-    check_adapter_in_peft(tuned)
-    check_merged_in_transformers(tuned)
-    check_merged_4bit_in_bitsandbytes(tuned)
-    check_gguf_read_back(tuned)
+def test_ggufs_in_llama_cpp(tuned: Tuned, tmp_path: Path) -> None:
+    """Losses beside ours of the same files; block types and bytes beside its own quantisation; and an answer."""
+    llamacpp.library()
+    tuned.model.save_pretrained_gguf(tmp_path / "gguf", tuned.tokenizer, quantization_method=["q8_0", "q4_k_m"])
+    q8_0, q4_k_m = (tmp_path / "gguf" / f"gguf-{kind}.gguf" for kind in ("Q8_0", "Q4_K_M"))
+    f16 = tuned.saved / "gguf" / "gguf-F16.gguf"
+    for path, limit in ((f16, 1e-3), (q8_0, 0.04), (q4_k_m, 0.04)):
+        ours = peers.our_logits(peers.load_ours(path), tuned.tokens)
+        with llamacpp.LlamaCpp(path, context=256) as model:
+            theirs = np.stack([model.logits(row.tolist()) for row in tuned.tokens])
+            said = tuned.tokenizer.decode(model.continued(tuned.tokenizer(QUESTION.format("France"))["input_ids"], 8))
+        assert abs(loss(theirs, tuned.tokens) - loss(ours, tuned.tokens)) < limit, path
+        assert said.startswith(ANSWERS), said
+    # The two above are made of float32, from which llama.cpp's own quantiser is not given anything.
+    ours, own = tmp_path / "ours.gguf", tmp_path / "own.gguf"
+    assert convert(["to-gguf", str(f16), "--out", str(ours), "--type", "Q4_K_M", "--base", "original"]) == 0
+    llamacpp.quantise(f16, own, "Q4_K_M")
+    one, other = open_gguf(ours), open_gguf(own)
+    assert one.tensors == other.tensors
+    for name in one.tensors:
+        np.testing.assert_array_equal(one.read(name), other.read(name), err_msg=name)
+
+
+def loss(logits: np.ndarray, tokens: np.ndarray) -> float:
+    """Mean negative log likelihood of every token but the first."""
+    logs = jax.nn.log_softmax(logits[:, :-1], axis=-1)
+    return -float(np.take_along_axis(np.asarray(logs), tokens[:, 1:, None], -1).mean())
