@@ -1,25 +1,15 @@
-"""Llama's logits, and the parts they come from, against transformers on the files that it saved itself."""
+"""Llama's logits against transformers on the files that it saved itself."""
 
 from __future__ import annotations
 
-import functools
 import json
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 import peers
 import pytest
-import torch
 
-from jaxtune.linear import Adaptation, Linears
-from jaxtune.models.attention import self_attention
-from jaxtune.models.context import Context
-from jaxtune.models.decoder import block, embed, hidden_states
 from pallas_kernels.nf4 import NF4Tensor
-from pallas_kernels.rms_norm import rms_norm
 
 TOLERANCE = 1e-5
 
@@ -109,52 +99,3 @@ def test_logits_of_nf4(tmp_path: Path) -> None:
     expected = peers.their_logits(theirs, tokens)
     assert peers.relative_error(peers.our_logits(ours, tokens), expected) < TOLERANCE
     assert peers.relative_error(peers.our_logits(dense, tokens), expected) < TOLERANCE
-
-
-def test_parts(tmp_path: Path) -> None:
-    """Embedding, then each part of the first layer on the input that transformers gave it, then the final norm."""
-    peers.save_random_llama(tmp_path, attention_bias=True)
-    ours, theirs = peers.load_ours(tmp_path), peers.load_theirs(tmp_path)
-    decoder, tokens = ours.decoder, peers.random_tokens(ours.decoder.vocab_size, 2, 33)
-    seen: dict[str, tuple[torch.Tensor, ...]] = {}
-    first = theirs.model.layers[0]
-
-    def note(name: str, _: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        seen[name] = (*inputs, output[0] if isinstance(output, tuple) else output)
-
-    modules = {
-        "embedding": theirs.model.embed_tokens,
-        "input norm": first.input_layernorm,
-        "attention": first.self_attn,
-        "mlp": first.mlp,
-        "block": first,
-        "final norm": theirs.model.norm,
-    }
-    for name, module in modules.items():
-        module.register_forward_hook(functools.partial(note, name))
-    peers.their_logits(theirs, tokens)
-
-    def given(name: str) -> jax.Array:
-        return jnp.asarray(seen[name][0].numpy())
-
-    positions = jnp.broadcast_to(jnp.arange(33), (2, 33))
-    context = Context(*decoder.rope.cos_sin(positions, jnp.full((2, 1), 33)), None, 0, Adaptation())
-    layer = jax.tree.map(lambda leaf: leaf[0], ours.frozen["layers"])
-    attention, mlp = (Linears(layer[part], {}, Adaptation(), None) for part in ("self_attn", "mlp"))
-    qkv, _ = attention.after_norm(
-        ("q_proj", "k_proj", "v_proj"), given("input norm"), layer["input_layernorm"], eps=decoder.norm_eps, name="qkv"
-    )
-    gate_up = jnp.concatenate([mlp.apply(name, given("mlp")) for name in ("gate_proj", "up_proj")], axis=-1)
-    computed = {
-        "embedding": embed(ours.frozen, jnp.asarray(tokens), decoder, jnp.dtype(jnp.float32)),
-        "input norm": rms_norm(given("input norm"), layer["input_layernorm"]["scale"], eps=decoder.norm_eps),
-        "attention": self_attention(qkv, attention, context, decoder, None)[0],
-        "mlp": mlp.after_glu("down_proj", gate_up, decoder.activation),
-        "block": block(given("block"), layer, {}, context, decoder)[0],
-        "final norm": hidden_states(
-            ours.frozen, {}, jnp.asarray(tokens), positions, None, decoder, Adaptation(), dtype=jnp.dtype(jnp.float32)
-        )[0],
-    }
-    np.testing.assert_array_equal(computed["embedding"], seen["embedding"][-1].numpy())
-    errors = {name: peers.relative_error(value, seen[name][-1].numpy()) for name, value in computed.items()}
-    assert {name: error for name, error in errors.items() if not error < TOLERANCE} == {}
