@@ -1,29 +1,30 @@
 """Head and cross-entropy through XLA, a chunk of tokens at a time, with the gradient made in the forward pass.
 
 Why it exists: logits of a whole batch are the largest array of a step (8,192 tokens x 128,256 x 4 bytes = 4 GB), and
-the gradient with respect to them is as large. Here only one chunk's logits live at a time, and since the head is frozen
-and the loss is a scalar, the gradient with respect to the hidden states is made while the chunk's softmax is at hand;
-the backward pass only scales it. Tokens without weight are moved behind the others and never reach the head, which
-saves most of its work where only responses are learnt.
-Numerics: logits, their soft-cap and softmax in float32; the gradient with respect to the logits is formed in float32,
-then rounded to hidden's dtype for the product.
+the gradient with respect to them is as large. Here only one chunk's logits live at a time, and since the loss is a
+scalar, the gradients with respect to the hidden states, and to a head that is trained, are made while the chunk's
+softmax is at hand; the backward pass only scales them. Chunks take their tokens where these lie, those without weight
+never, which saves most of the head's work where only responses are learnt.
+Numerics: logits, their scale and soft-cap, and softmax in float32; the gradient with respect to the logits is formed in
+float32, then rounded to hidden's dtype for the products; that of the head is summed in float32.
 With `Vocabulary` each device holds some rows of the head. Where its devices have different tokens, a chunk's tokens
 visit all of them, so that no device holds the hidden states of another beyond a chunk; maxima, sums and the targets'
 logits are put together, and the parts of the gradient are added up, rounded to hidden's dtype before.
-A packed head is decoded twice for each chunk, some rows at a time.
+A head in 4 or 8 bits is decoded twice for each chunk, some rows at a time.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
 from pallas_kernels.cross_entropy import head as head_products
-from pallas_kernels.nf4 import NF4Tensor
+from pallas_kernels.cross_entropy.head import Head
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,12 +38,24 @@ class Vocabulary:
     tokens: str | None = None
 
 
-def _chunk_loss(
-    h: Array, head: Array | NF4Tensor, target: Array, weight: Array, cap: float | None, vocabulary: Vocabulary | None
-) -> tuple[Array, Array]:
-    """Weighted losses of one chunk, float32 [B, c], and their gradient with respect to the logits, float32 [B, c,
-    V], of this device's part of the vocabulary."""
-    logits = head_products.logits(h, head)
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """What is computed, and how. cap: soft-cap of the logits, or None. scale: factor on them. chunk: tokens of one row
+    at a time. trains_head: whether the head has a gradient. vocabulary: see `Vocabulary`, or None."""
+
+    chunk: int
+    cap: float | None = None
+    scale: float = 1.0
+    trains_head: bool = False
+    vocabulary: Vocabulary | None = None
+
+
+def _chunk_loss(h: Array, head: Head, target: Array, weight: Array, form: Form) -> tuple[Array, Array]:
+    """Weighted losses of one chunk, float32 [B, c], and their gradient with respect to the head's products, float32
+    [B, c, V], of this device's part of the vocabulary."""
+    logits, cap, vocabulary = head_products.logits(h, head), form.cap, form.vocabulary
+    if form.scale != 1.0:
+        logits = form.scale * logits
     if cap is not None:
         logits = cap * jnp.tanh(logits / cap)
     if vocabulary is None:
@@ -61,6 +74,8 @@ def _chunk_loss(
     d_logits = weight[..., None] * (jnp.exp(logits - log_sum_exp) - one_hot)
     if cap is not None:
         d_logits *= 1 - jnp.square(logits / cap)
+    if form.scale != 1.0:
+        d_logits *= form.scale
     return weight * (log_sum_exp - picked)[..., 0], d_logits
 
 
@@ -80,86 +95,68 @@ def _returned(d_h: Array, vocabulary: Vocabulary | None) -> Array:
     return d_h if vocabulary.tokens is None else lax.psum_scatter(d_h, vocabulary.tokens, tiled=True)
 
 
-def _loss_and_gradient(
-    hidden: Array,
-    head: Array | NF4Tensor,
-    targets: Array,
-    weights: Array,
-    chunk: int,
-    cap: float | None,
-    vocabulary: Vocabulary | None,
-    with_gradient: bool,
-) -> tuple[Array, Array | None]:
-    """The loss, and the gradient [B, T, D] with respect to hidden where asked for. `chunk`: tokens of one row."""
-    length, head = hidden.shape[1], head_products.with_plain_scales(head)
-    learnt_first = jnp.argsort(weights == 0, axis=1, stable=True)
+class _Gradients(NamedTuple):
+    """With respect to hidden [B, T, D], in its dtype; and to the head [V, D], float32, where it is trained."""
+
+    hidden: Array
+    head: Array | None
+
+
+def _loss_and_gradients(
+    hidden: Array, head: Head, targets: Array, weights: Array, form: Form, with_gradient: bool
+) -> tuple[Array, _Gradients | None]:
+    """The loss, and the gradients where asked for."""
+    (count, length), chunk, vocabulary = targets.shape, form.chunk, form.vocabulary
+    head, operands = head_products.prepared(head, hidden.dtype), [jnp.asarray(x) for x in (hidden, targets, weights)]
+    # Positions of a row, the learnt ones first; behind the last there are some that no row has.
+    order = jnp.argsort(weights == 0, axis=1, stable=True)
+    beyond = jnp.arange(length, length + -length % chunk, dtype=order.dtype)
+    order = jnp.concatenate([order, jnp.broadcast_to(beyond, (count, beyond.size))], axis=1)
     most_learnt = jnp.max(jnp.sum(weights != 0, axis=1))
     if vocabulary is not None and vocabulary.tokens is not None:
         most_learnt = lax.pmax(most_learnt, vocabulary.tokens)
 
-    def arranged(x: Array) -> Array:
-        x = jnp.take_along_axis(x, learnt_first.reshape(*learnt_first.shape, *(1,) * (x.ndim - 2)), axis=1)
-        return jnp.pad(x, ((0, 0), (0, -length % chunk), *((0, 0),) * (x.ndim - 2)))
-
-    hidden_sorted, targets_sorted, weights_sorted = arranged(hidden), arranged(targets), arranged(weights)
-
-    def one_chunk(index: Array, carry: tuple[Array, Array | None]) -> tuple[Array, Array | None]:
-        total, gradient = carry
-        h, target, weight = (
-            lax.dynamic_slice_in_dim(x, index * chunk, chunk, axis=1)
-            for x in (hidden_sorted, targets_sorted, weights_sorted)
-        )
-        rows = h.shape[0]
-        h, target, weight = (_visiting(x, vocabulary) for x in (h, target, weight))
-        losses, d_logits = _chunk_loss(h, head, target, weight, cap, vocabulary)
-        if gradient is not None:
-            d_h = head_products.d_hidden(d_logits.astype(h.dtype), head)
-            d_h = _returned(d_h.astype(h.dtype), vocabulary)
-            gradient = lax.dynamic_update_slice_in_dim(gradient, d_h, index * chunk, axis=1)
+    def one_chunk(index: Array, carry: tuple[Array, _Gradients | None]) -> tuple[Array, _Gradients | None]:
+        total, gradients = carry
+        at = jnp.arange(count)[:, None], lax.dynamic_slice_in_dim(order, index * chunk, chunk, axis=1)
+        own = [x.at[at].get(mode="fill", fill_value=0, unique_indices=True) for x in operands]
+        h, target, weight = (_visiting(x, vocabulary) for x in own)
+        losses, d_logits = _chunk_loss(h, head, target, weight, form)
+        if gradients is not None:
+            d_logits = d_logits.astype(h.dtype)
+            d_h = _returned(head_products.d_hidden(d_logits, head).astype(h.dtype), vocabulary)
+            d_hidden = gradients.hidden.at[at].set(d_h, mode="drop", unique_indices=True)
+            d_head = None if gradients.head is None else gradients.head + head_products.d_head(d_logits, h)
+            gradients = _Gradients(d_hidden, d_head)
         if vocabulary is not None and vocabulary.tokens is not None:
-            losses = lax.dynamic_slice_in_dim(losses, lax.axis_index(vocabulary.tokens) * rows, rows)
-        return total + jnp.sum(losses), gradient
+            losses = lax.dynamic_slice_in_dim(losses, lax.axis_index(vocabulary.tokens) * count, count)
+        return total + jnp.sum(losses), gradients
 
-    start = (jnp.float32(0.0), jnp.zeros_like(hidden_sorted) if with_gradient else None)
-    total, gradient = lax.fori_loop(0, -(-most_learnt // chunk), one_chunk, start)
-    if gradient is None:
-        return total, None
-    back = jnp.argsort(learnt_first, axis=1)
-    return total, jnp.take_along_axis(gradient, back[..., None], axis=1)
+    none_yet = None
+    if with_gradient:
+        none_yet = _Gradients(jnp.zeros_like(hidden), jnp.zeros(head.shape, jnp.float32) if form.trains_head else None)
+    return lax.fori_loop(0, -(-most_learnt // chunk), one_chunk, (jnp.float32(0.0), none_yet))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
-def linear_cross_entropy_xla(
-    hidden: Array,
-    head: Array | NF4Tensor,
-    targets: Array,
-    weights: Array,
-    chunk: int,
-    cap: float | None,
-    vocabulary: Vocabulary | None = None,
-) -> Array:
-    """See `pallas_kernels.cross_entropy.api.linear_cross_entropy`; here `chunk` counts tokens of one row."""
-    return _loss_and_gradient(hidden, head, targets, weights, chunk, cap, vocabulary, with_gradient=False)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def linear_cross_entropy_xla(hidden: Array, head: Head, targets: Array, weights: Array, form: Form) -> Array:
+    """See `pallas_kernels.cross_entropy.api.linear_cross_entropy`."""
+    return _loss_and_gradients(hidden, head, targets, weights, form, with_gradient=False)[0]
 
 
-def _fwd(
-    hidden: Array,
-    head: Array | NF4Tensor,
-    targets: Array,
-    weights: Array,
-    chunk: int,
-    cap: float | None,
-    vocabulary: Vocabulary | None,
-) -> tuple[Array, Array]:
-    total, gradient = _loss_and_gradient(hidden, head, targets, weights, chunk, cap, vocabulary, with_gradient=True)
-    assert gradient is not None
-    return total, gradient
+def _fwd(hidden: Array, head: Head, targets: Array, weights: Array, form: Form) -> tuple[Array, tuple[Array, Any]]:
+    total, gradients = _loss_and_gradients(hidden, head, targets, weights, form, with_gradient=True)
+    assert gradients is not None
+    d_head = gradients.head
+    if d_head is not None:
+        assert isinstance(head, Array), "a head in 8 or 4 bits is not trained"
+        d_head = d_head.astype(head.dtype)
+    return total, (gradients.hidden, d_head)
 
 
-def _bwd(
-    chunk: int, cap: float | None, vocabulary: Vocabulary | None, gradient: Array, g: Array
-) -> tuple[Array | None, ...]:
-    return (g * gradient.astype(jnp.float32)).astype(gradient.dtype), None, None, None
+def _bwd(form: Form, gradients: tuple[Array, Any], g: Array) -> tuple[Array | None, ...]:
+    d_hidden, d_head = jax.tree.map(lambda x: (g * x.astype(jnp.float32)).astype(x.dtype), gradients)
+    return d_hidden, d_head, None, None
 
 
 linear_cross_entropy_xla.defvjp(_fwd, _bwd)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.cross_entropy import head as head_module
-from pallas_kernels.cross_entropy import linear_cross_entropy
+from pallas_kernels.cross_entropy import linear_cross_entropy, quantize_head
 from pallas_kernels.cross_entropy import xla as cross_entropy_xla
 from pallas_kernels.cross_entropy.api import chunk_tokens
 from pallas_kernels.cross_entropy.reference import linear_cross_entropy_reference
@@ -27,11 +28,16 @@ def inputs(dtype: jnp.dtype = jnp.float32) -> tuple[jax.Array, jax.Array, jax.Ar
 
 
 def truth(
-    hidden: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array, cap: float | None = None
-) -> tuple[float, np.ndarray]:
-    """Loss and its gradient with respect to hidden, in float64."""
+    hidden: jax.Array,
+    head: jax.Array,
+    targets: jax.Array,
+    weights: jax.Array,
+    cap: float | None = None,
+    scale: float = 1.0,
+) -> tuple[float, np.ndarray, np.ndarray]:
+    """Loss and its gradients with respect to hidden and to the head, in float64."""
     hidden, head, weights = (np.asarray(x, np.float64) for x in (hidden, head, weights))
-    logits = raw = hidden @ head.T
+    logits = raw = scale * (hidden @ head.T)
     if cap is not None:
         logits = cap * np.tanh(raw / cap)
     log_z = np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1, keepdims=True)) + logits.max(
@@ -39,8 +45,9 @@ def truth(
     )
     one_hot = np.eye(V)[np.asarray(targets)]
     loss = (weights * (log_z[..., 0] - (logits * one_hot).sum(-1))).sum()
-    slope = 1.0 if cap is None else 1 / np.cosh(raw / cap) ** 2
-    return loss, (weights[..., None] * (np.exp(logits - log_z) - one_hot) * slope) @ head
+    slope = scale if cap is None else scale / np.cosh(raw / cap) ** 2
+    d_logits = weights[..., None] * (np.exp(logits - log_z) - one_hot) * slope
+    return loss, d_logits @ head, np.einsum("btv,btd->vd", d_logits, hidden)
 
 
 @pytest.mark.parametrize("chunk", [None, 1, 12, 87, 1000])
@@ -49,7 +56,7 @@ def test_values_and_gradient(chunk: int | None) -> None:
     loss, gradient = jax.value_and_grad(lambda h: 3.0 * linear_cross_entropy(h, head, targets, weights, chunk=chunk))(
         hidden
     )
-    expected_loss, expected_gradient = truth(hidden, head, targets, weights)
+    expected_loss, expected_gradient, _ = truth(hidden, head, targets, weights)
     np.testing.assert_allclose(loss, 3 * expected_loss, rtol=1e-6)
     np.testing.assert_allclose(gradient, 3 * expected_gradient, atol=1e-5)
     np.testing.assert_allclose(
@@ -64,7 +71,7 @@ def test_soft_capped_logits(cap: float) -> None:
     loss, gradient = jax.value_and_grad(lambda h: linear_cross_entropy(h, head, targets, weights, cap=cap, chunk=12))(
         hidden
     )
-    expected_loss, expected_gradient = truth(hidden, head, targets, weights, cap)
+    expected_loss, expected_gradient, _ = truth(hidden, head, targets, weights, cap)
     np.testing.assert_allclose(loss, expected_loss, rtol=1e-6)
     np.testing.assert_allclose(gradient, expected_gradient, atol=1e-5)
     reference = linear_cross_entropy_reference(hidden, head, targets, weights, cap)
@@ -82,6 +89,49 @@ def test_bfloat16_error_is_that_of_the_reference() -> None:
         return float(np.linalg.norm(np.asarray(gradient, np.float64) - expected) / np.linalg.norm(expected))
 
     assert error(linear_cross_entropy) < 1.5 * error(linear_cross_entropy_reference)
+
+
+@pytest.mark.parametrize("chunk", [12, 1000])
+@pytest.mark.parametrize(("cap", "scale"), [(None, 1.0), (None, 0.3), (4.0, 2.5)])
+def test_a_trained_head_and_a_scale_of_the_logits(cap: float | None, scale: float, chunk: int) -> None:
+    hidden, head, targets, weights = inputs()
+    form = {"cap": cap, "logit_scale": scale, "chunk": chunk}
+
+    def loss_of(hidden: jax.Array, head: jax.Array) -> jax.Array:
+        return 3.0 * linear_cross_entropy(hidden, head, targets, weights, train_head=True, **form)
+
+    loss, gradients = jax.value_and_grad(loss_of, argnums=(0, 1))(hidden, head)
+    expected_loss, *expected = truth(hidden, head, targets, weights, cap, scale)
+    np.testing.assert_allclose(loss, 3 * expected_loss, rtol=1e-6)
+    for ours, true in zip(gradients, expected, strict=True):
+        np.testing.assert_allclose(ours, 3 * true, atol=3e-5)
+    reference = linear_cross_entropy_reference(hidden, head, targets, weights, cap, scale)
+    np.testing.assert_allclose(reference, expected_loss, rtol=1e-6)
+    frozen = jax.grad(lambda head: linear_cross_entropy(hidden, head, targets, weights, **form))(head)
+    assert not np.any(frozen)
+
+
+def test_a_trained_head_in_bfloat16_is_rounded_once() -> None:
+    hidden, head, targets, weights = inputs(jnp.bfloat16)
+    expected = truth(hidden, head, targets, weights)[2]
+
+    def error(function: object) -> float:
+        gradient = jax.grad(lambda head: function(hidden, head, targets, weights))(head)
+        assert gradient.dtype == jnp.bfloat16
+        return float(np.linalg.norm(np.asarray(gradient, np.float64) - expected) / np.linalg.norm(expected))
+
+    ours = error(lambda *x: linear_cross_entropy(*x, train_head=True, chunk=12))
+    assert ours < 1.5 * error(linear_cross_entropy_reference)
+
+
+def test_ignored_targets_and_no_weights() -> None:
+    hidden, head, targets, weights = inputs()
+    learnt = np.asarray(weights) > 0
+    marked = jnp.where(learnt, targets, -100)
+    loss, gradient = jax.value_and_grad(lambda h: linear_cross_entropy(h, head, marked, ignore_index=-100))(hidden)
+    expected_loss, expected_gradient, _ = truth(hidden, head, targets, learnt)
+    np.testing.assert_allclose(loss, expected_loss, rtol=1e-6)
+    np.testing.assert_allclose(gradient, expected_gradient, atol=1e-5)
 
 
 def test_tokens_without_weight_get_no_gradient() -> None:
@@ -112,6 +162,12 @@ def test_the_default_chunk_fits_its_budget() -> None:
     assert chunk_tokens(128256) == 512
     assert chunk_tokens(49152, 2**20) == 16
     assert 4 * 49152 * chunk_tokens(49152) <= 256 * 2**20
+    hidden, head, targets, weights = inputs()
+    loss = lambda h: linear_cross_entropy(h, head, targets, weights, budget_bytes=4 * V * 16)  # noqa: E731
+    text = jax.jit(jax.grad(loss)).lower(hidden).as_text()
+    # Sixteen tokens over three rows.
+    assert f"tensor<{B}x5x{V}xf32>" in text
+    assert f"tensor<{B}x{T}x{V}xf32>" not in text
 
 
 def test_shapes_that_do_not_fit_are_refused() -> None:
@@ -137,7 +193,7 @@ def test_tokens_without_weight_do_not_reach_the_head() -> None:
         patch.setattr(cross_entropy_xla, "_chunk_loss", counting)
         loss, gradient = jax.value_and_grad(lambda h: linear_cross_entropy(h, head, targets, weights, chunk=8))(hidden)
         jax.effects_barrier()
-    expected_loss, expected_gradient = truth(hidden, head, targets, weights)
+    expected_loss, expected_gradient, _ = truth(hidden, head, targets, weights)
     np.testing.assert_allclose(loss, expected_loss, rtol=1e-6)
     np.testing.assert_allclose(gradient, expected_gradient, atol=1e-5)
     # Ten learnt tokens a row, four of a row in a chunk of eight.
@@ -157,7 +213,7 @@ def test_a_packed_head_is_decoded_some_rows_at_a_time(
     loss, gradient = jax.jit(
         jax.value_and_grad(lambda h, w: linear_cross_entropy(h, w, targets, weights, cap=5.0, chunk=12))
     )(hidden, packed)
-    expected_loss, expected_gradient = truth(hidden, dequantize(packed), targets, weights, 5.0)
+    expected_loss, expected_gradient, _ = truth(hidden, dequantize(packed), targets, weights, 5.0)
     np.testing.assert_allclose(loss, expected_loss, rtol=1e-6)
     np.testing.assert_allclose(gradient, expected_gradient, atol=1e-5)
     np.testing.assert_allclose(
@@ -165,20 +221,36 @@ def test_a_packed_head_is_decoded_some_rows_at_a_time(
     )
 
 
-def test_a_packed_head_is_never_whole() -> None:
+@pytest.mark.parametrize("rows", [40, 1000])
+def test_a_head_in_8_bits(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden, head, targets, weights = inputs()
+    monkeypatch.setattr(head_module, "DECODED_BYTES", rows * D * 4)
+    small = quantize_head(head)
+    decoded = np.asarray(small.values, np.float64) * np.asarray(small.scales)[:, None]
+    largest = np.abs(np.asarray(head)).max(axis=1, keepdims=True)
+    assert np.all(np.abs(decoded - np.asarray(head)) <= largest * (0.5 / 127 + 1e-6))
+    loss, gradient = jax.value_and_grad(lambda h: linear_cross_entropy(h, small, targets, weights, cap=5.0, chunk=12))(
+        hidden
+    )
+    expected_loss, expected_gradient, _ = truth(hidden, decoded, targets, weights, 5.0)
+    np.testing.assert_allclose(loss, expected_loss, rtol=1e-6)
+    np.testing.assert_allclose(gradient, expected_gradient, atol=1e-5)
+    reference = linear_cross_entropy_reference(hidden, small, targets, weights, 5.0)
+    np.testing.assert_allclose(reference, expected_loss, rtol=1e-6)
+
+
+@pytest.mark.parametrize("to_small", [quantize, quantize_head])
+def test_a_head_in_few_bits_is_never_whole(to_small: Callable[[jax.Array], Any]) -> None:
     d, v = 512, 32000
-    packed = jax.eval_shape(quantize, jax.ShapeDtypeStruct((v, d), jnp.bfloat16))
+    packed = jax.eval_shape(to_small, jax.ShapeDtypeStruct((v, d), jnp.bfloat16))
     hidden, row = jax.ShapeDtypeStruct((1, 16, d), jnp.bfloat16), jax.ShapeDtypeStruct((1, 16), jnp.float32)
-
-    def temporaries() -> int:
-        step = jax.grad(lambda h, w, y, x: linear_cross_entropy(h, w, y, x, chunk=16))
-        targets = jax.ShapeDtypeStruct((1, 16), jnp.int32)
-        return jax.jit(step).lower(hidden, packed, targets, row).compile().memory_analysis().temp_size_in_bytes
-
+    step = jax.grad(lambda h, w, y, x: linear_cross_entropy(h, w, y, x, chunk=16))
+    targets = jax.ShapeDtypeStruct((1, 16), jnp.int32)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(head_module, "DECODED_BYTES", 2**20)
-        # Less than the float32 that XLA makes of one decoded head on a CPU; the logits and plain scales are there.
-        assert temporaries() < v * d * 2
+        temporaries = jax.jit(step).lower(hidden, packed, targets, row).compile().memory_analysis().temp_size_in_bytes
+    # Less than the float32 that XLA makes of one decoded head on a CPU; the logits and plain scales are there.
+    assert temporaries < v * d * 2
 
 
 def test_packed_heads_that_do_not_fit_are_refused() -> None:
@@ -187,3 +259,6 @@ def test_packed_heads_that_do_not_fit_are_refused() -> None:
         linear_cross_entropy(hidden, quantize(jnp.ones((V, D))), targets, weights)
     with pytest.raises(ValueError, match=r"a stack \(2,\) of packed weights"):
         linear_cross_entropy(hidden, quantize(jnp.ones((2, V, D))), targets, weights)
+    for small in (quantize(jnp.ones((V, 64))), quantize_head(jnp.ones((V, D)))):
+        with pytest.raises(ValueError, match="has no gradient; train a dense head"):
+            linear_cross_entropy(hidden, small, targets, weights, train_head=True)
