@@ -15,6 +15,7 @@ from pallas_kernels.glu_linear import glu_linear
 from pallas_kernels.lora_linear import Projection, grouped_lora_linear, lora_linear
 from pallas_kernels.nf4 import NF4Tensor
 from pallas_kernels.nf4 import dequantize as nf4_dequantize
+from pallas_kernels.nf4 import dequantize_into as nf4_dequantize_into
 from pallas_kernels.nf4 import quantize as nf4_quantize
 from pallas_kernels.nf4_matmul import nf4_matmul
 from pallas_kernels.norm_linear import norm_linear
@@ -37,6 +38,7 @@ __all__ = [
     "linear_cross_entropy",
     "lora_linear",
     "nf4_dequantize",
+    "nf4_dequantize_into",
     "nf4_matmul",
     "nf4_quantize",
     "norm_linear",

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from pallas_kernels._dispatch import choose
 from pallas_kernels.nf4 import triton, xla
 from pallas_kernels.nf4.reference import encode_blocks, encode_scales, nf4_dequantize_reference
-from pallas_kernels.nf4.tensor import NF4Tensor
+from pallas_kernels.nf4.tensor import NF4Layer, NF4Tensor
 from pallas_kernels.nf4.threads import on_all_cores
 
 _DTYPES = ("bfloat16", "float16", "float32")
@@ -90,6 +90,43 @@ def dequantize(
     if choose("nf4.dequantize", implementation, candidates) == "triton":
         return triton.nf4_dequantize_triton(t, result_dtype)
     return _dequantize_xla(t, result_dtype)
+
+
+def dequantize_into(
+    scratch: Float[jax.Array, "rows columns"],
+    t: NF4Tensor | NF4Layer,
+    *,
+    row: int = 0,
+    implementation: str | None = None,
+) -> Float[jax.Array, "rows columns"]:
+    """`scratch` with a packed weight decoded into its rows from `row` on and its first columns.
+
+    What else `scratch` holds stays as it is: other weights below each other, or columns for an adapter. Through Triton
+    it is written in place where the caller has no further use for it (an argument that `jax.jit` is told to donate, or
+    a value made inside).
+
+    Args:
+        scratch: bfloat16, float16 or float32; values are rounded to t.dtype, then cast to this.
+        t: one weight [out, in], on its own or in its stack, with row + out <= rows and in <= columns.
+        implementation: "triton", "xla", or None to choose.
+
+    Raises:
+        ValueError: the weight does not fit, is a stack, another dtype, or an unknown implementation.
+        NotImplementedError: the named implementation cannot serve this call; the text says why.
+    """
+    dtype = _checked_dtype("dequantize_into", scratch.dtype)
+    if isinstance(t, NF4Tensor) and t.stack_shape:
+        raise ValueError(f"nf4.dequantize_into: t is a stack {t.stack_shape} of weights; take one, or an NF4Layer")
+    if scratch.ndim != 2 or not 0 <= row <= scratch.shape[0] - t.shape[0] or t.shape[1] > scratch.shape[1]:
+        raise ValueError(
+            f"nf4.dequantize_into: a weight {t.shape} at row {row} does not fit into {scratch.shape}; make it larger"
+        )
+    candidates = {"triton": lambda: triton.unsupported_reason(t), "xla": lambda: None}
+    if choose("nf4.dequantize_into", implementation, candidates) == "triton":
+        rows, columns = scratch.shape
+        return triton.decode_into(scratch, t, dtype, rows=rows, columns=columns, first_row=row)
+    weight = _dequantize_xla(t.picked() if isinstance(t, NF4Layer) else t, dtype)
+    return jax.lax.dynamic_update_slice(scratch, weight, (row, 0))
 
 
 def _checked_dtype(function: str, dtype: Any) -> str:

@@ -9,7 +9,7 @@ import pytest
 
 from pallas_kernels._device import compute_capability, lower_for_cuda
 from pallas_kernels._triton import interpreted
-from pallas_kernels.nf4 import NF4Layer, dequantize, quantize
+from pallas_kernels.nf4 import NF4Layer, dequantize, dequantize_into, quantize
 from pallas_kernels.nf4.triton import decode_into, unsupported_reason
 
 CASES = {
@@ -39,12 +39,36 @@ def test_bits(case: str, dtype: str) -> None:
     assert (part[n:, k:].astype(np.float32) == 1).all()
 
 
+@pytest.mark.parametrize("implementation", ["triton", "xla"])
+def test_into_a_callers_scratch(implementation: str) -> None:
+    weights = jnp.asarray(np.random.default_rng(2).standard_normal((2, 24, 192)), jnp.bfloat16)
+    stack = quantize(weights)
+    alone = quantize(weights[0])
+    with interpreted():
+        both = dequantize_into(jnp.full((60, 200), 7, jnp.float16), alone, implementation=implementation)
+        both = dequantize_into(both, NF4Layer(stack, jnp.int32(1)), row=30, implementation=implementation)
+    expected = np.full((60, 200), 7, np.float16)
+    expected[:24, :192], expected[30:54, :192] = dequantize(stack, jnp.float16, implementation="xla")
+    np.testing.assert_array_equal(both, expected)
+
+
+def test_what_does_not_fit_into_a_scratch_is_refused() -> None:
+    alone = quantize(jnp.ones((24, 192)))
+    for shape, row in (((24, 191), 0), ((40, 192), 17), ((40, 192), -1)):
+        with pytest.raises(ValueError, match="does not fit into"):
+            dequantize_into(jnp.zeros(shape), alone, row=row)
+    with pytest.raises(ValueError, match=r"a stack \(2,\) of weights; take one, or an NF4Layer"):
+        dequantize_into(jnp.zeros((24, 192)), quantize(jnp.ones((2, 24, 192))))
+    with pytest.raises(ValueError, match="dtype int8 is not supported"):
+        dequantize_into(jnp.zeros((24, 192), jnp.int8), alone)
+
+
 def test_lowers_to_cuda_and_writes_in_place() -> None:
     stack = quantize(jnp.asarray(np.random.default_rng(1).standard_normal((2, 1024, 512)), jnp.float32))
     scratch = jax.ShapeDtypeStruct((1024, 640), jnp.bfloat16)
 
     def decode(scratch: jax.Array, stack: object, index: jax.Array) -> jax.Array:
-        return decode_into(scratch, NF4Layer(stack, index), jnp.bfloat16, rows=1024, columns=640)
+        return dequantize_into(scratch, NF4Layer(stack, index))
 
     assert "output_operand_aliases" in lower_for_cuda(decode, scratch, stack, jnp.int32(0), donate=(0,))
 
