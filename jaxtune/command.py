@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Sequence
 
 from jaxtune.config_io import check_files, load_config
-from jaxtune.errors import Interrupted, UserError
+from jaxtune.errors import Abandoned, Interrupted, UserError
 from jaxtune.launch import Launch, find_launch
 
 _EXIT_CODES = """\
@@ -98,11 +98,12 @@ def _run(options: argparse.Namespace, launch: Launch | None) -> int:
         importlib.import_module("jaxtune.train").run(
             config, resume={"always": True, "auto": "auto"}.get(options.resume), launch=launch
         )
-    except Interrupted as stopped:
+    except (Interrupted, Abandoned) as stopped:
         print(f"\n{where}{stopped}", file=sys.stderr)
         return 128 + stopped.signal
     except KeyboardInterrupt:
-        print("\nstopped before the first update: nothing was done that could be lost", file=sys.stderr)
+        # Before the loop, or behind it.
+        print("\nstopped; the same command with --resume auto goes on from what is saved", file=sys.stderr)
         return 130
     except (UserError, NotImplementedError) as error:
         if options.debug:

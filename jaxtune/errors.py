@@ -18,6 +18,14 @@ class Interrupted(KeyboardInterrupt):
         self.signal = signal
 
 
+class Abandoned(KeyboardInterrupt):
+    """A run that was asked to stop twice, and has not waited for its step; what was saved before stays."""
+
+    def __init__(self, signal: int, message: str) -> None:
+        super().__init__(message)
+        self.signal = signal
+
+
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 200
 _SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxdict, _SHORT.maxtuple = 3, 12, 12, 12

@@ -227,9 +227,14 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerFast:
                 "own tokenizer.json and tokenizer_config.json"
             ) from error
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source.path, local_files_only=True)
-    except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"{source.path}: no tokenizer.json, and no other tokenizer loads from it: {error}") from error
+        # Without the last argument it asks on the terminal whether to run the code of a model repository.
+        tokenizer = AutoTokenizer.from_pretrained(source.path, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # as above
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"{source.path}: no tokenizer.json, and no other tokenizer loads from it: {reason}; save it as a fast "
+            "tokenizer beside the model (no code of a model's own is run)"
+        ) from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise UserError(
             f"{source.path}: its tokenizer has no tokenizer.json; save it as a fast tokenizer beside the model"

@@ -70,10 +70,15 @@ def _report(what: str, components: Mapping[str, int], config: RunConfig) -> str:
         remedies.append(f"set train.remat to full, offload or lean (now {train.remat})")
     elif train.remat in ("full", "offload"):
         remedies.append(f"set train.remat to lean (now {train.remat})")
+    elif train.remat == "auto":
+        # It has taken what was planned to fit.
+        remedies.append("set train.remat to full, offload or lean (now auto)")
     if train.batch_size > config.mesh.data * config.mesh.fsdp:
         remedies.append(
             f"lower train.batch_size (now {train.batch_size}) and raise train.gradient_accumulation_steps for it"
         )
+    if train.memory_limit is not None:
+        remedies.append(f"raise train.memory_limit (now {train.memory_limit})")
     remedies.append(f"lower data.max_length (now {data.max_length}) or lora.r (now {config.lora.r})")
     if not config.model.load_in_4bit:
         remedies.append("set model.load_in_4bit to true")

@@ -8,7 +8,7 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any
 
-from jaxtune.errors import Interrupted
+from jaxtune.errors import Abandoned, Interrupted
 
 
 class StopRequests:
@@ -39,7 +39,11 @@ class StopRequests:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.received is not None:
-            raise KeyboardInterrupt("stopped without saving, at the second signal")
+            raise Abandoned(
+                number,
+                "stopped without saving, at the second signal; the same command with --resume auto goes on from the "
+                "newest checkpoint",
+            )
         self.received = signal.Signals(number)
         # Not print(): the signal may have come in the middle of one.
         os.write(2, f"\n{self.received.name}: saving after this step; once more to stop without\n".encode())

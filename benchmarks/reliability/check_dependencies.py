@@ -95,7 +95,7 @@ def audit(interpreter: Path) -> bool:
         packages = json.loads(done.stdout)["dependencies"]
     except (ValueError, KeyError):
         print(f"  pip-audit could not be run: {(done.stderr.strip().splitlines() or ['no output'])[-1]}")
-        return True
+        return False
     could = [package for package in packages if "vulns" in package]
     found = [(package["name"], package["version"], vuln["id"]) for package in could for vuln in package["vulns"]]
     print(f"  pip-audit: {len(could)} of {len(packages)} packages audited, {len(found)} vulnerabilities {found or ''}")

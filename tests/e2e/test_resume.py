@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import resource
 import shutil
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from compared import computed, saved_state
 from runs import Command, Main, WriteRun, save_model
 
 from jaxtune.config_io import dump_yaml, load_config
+from jaxtune.metrics import MetricsWriter
 from jaxtune.run_directory import RunDirectory
 
 # The process dies when steps 4 and 5 are in the metrics and in no checkpoint.
@@ -63,6 +66,21 @@ def contents(directory: Path) -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in files}
 
 
+@contextlib.contextmanager
+def asked_to_stop(monkeypatch: pytest.MonkeyPatch, number: signal.Signals, step: int, times: int = 1) -> Iterator[None]:
+    """A run in this process gets a signal when this step's metrics are written."""
+    write = MetricsWriter.write
+
+    def write_then_signal(self: MetricsWriter, at: int, **values: Any) -> None:
+        write(self, at, **values)
+        for _ in range(times if at == step and "loss" in values else 0):
+            os.kill(os.getpid(), number)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(MetricsWriter, "write", write_then_signal)
+        yield
+
+
 @pytest.fixture(scope="module")
 def interrupted(tmp_path_factory: pytest.TempPathFactory, write_run_in: WriteRun, command: Command) -> Path:
     """The directory of a run of 6 steps that was killed after step 5: configuration, data and output."""
@@ -80,15 +98,44 @@ def copy(interrupted: Path, tmp_path: Path) -> Path:
 
 @pytest.mark.slow
 def test_killed_run_goes_on_bit_for_bit(
-    interrupted: Path, copy: Path, write_run: WriteRun, tmp_path: Path, run_main: Main
+    interrupted: Path,
+    copy: Path,
+    write_run: WriteRun,
+    tmp_path: Path,
+    run_main: Main,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """Killed, and then stopped by each signal."""
     status, err = run_main("--config", write_run(**SECTIONS))
     assert status == 0, err
     assert [record["step"] for record in computed(copy) if "loss" in record] == [1, 2, 3, 4, 5]
-    status, err = run_main("--config", interrupted / "run.yaml", "--set", f"output.dir={copy}", "--resume")
+    again = ("--config", interrupted / "run.yaml", "--set", f"output.dir={copy}", "--resume")
+    for number, step in ((signal.SIGINT, 4), (signal.SIGTERM, 5)):
+        with asked_to_stop(monkeypatch, number, step):
+            status, err = run_main(*again)
+        assert status == 128 + number
+        assert err.endswith(
+            f"stopped by {number.name} after step {step} of 6, which is saved; the same command with --resume auto "
+            "continues\n"
+        )
+        assert max(map(int, os.listdir(copy / "checkpoints"))) == step
+    status, err = run_main(*again)
     assert status == 0, err
     assert_same_end(tmp_path / "out", copy, step=6)
     assert computed(tmp_path / "out") == computed(copy)
+
+
+def test_a_second_signal_stops_at_once(
+    copy: Path, interrupted: Path, run_main: Main, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with asked_to_stop(monkeypatch, signal.SIGTERM, 4, times=2):
+        status, err = run_main("--config", interrupted / "run.yaml", "--set", f"output.dir={copy}", "--resume", "auto")
+    assert status == 128 + signal.SIGTERM
+    assert err.endswith(
+        "stopped without saving, at the second signal; the same command with --resume auto goes on from the newest "
+        "checkpoint\n"
+    )
+    assert os.listdir(copy / "checkpoints") == ["3"]
 
 
 def test_run_at_a_constant_rate_is_prolonged_bit_for_bit(write_run: WriteRun, tmp_path: Path, run_main: Main) -> None:

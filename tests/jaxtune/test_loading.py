@@ -393,6 +393,20 @@ def test_no_tokenizer(tmp_path: Path) -> None:
         loading.load_tokenizer(loading.Source("x", tmp_path))
 
 
+@pytest.mark.parametrize("where", ["config.json", "tokenizer_config.json"])
+def test_no_code_of_a_model_is_run(tmp_path: Path, where: str) -> None:
+    save_llama(tmp_path)
+    ran = tmp_path / "ran"
+    (tmp_path / "code.py").write_text(f"open({str(ran)!r}, 'w')\nclass Theirs: ...\n")
+    file = tmp_path / where
+    given = json.loads(file.read_text()) if file.exists() else {}
+    classes = {"AutoTokenizer": ["code.Theirs", "code.Theirs"], "AutoConfig": "code.Theirs"}
+    file.write_text(json.dumps(given | {"model_type": "theirs", "auto_map": classes}))
+    with pytest.raises(UserError, match=r"no tokenizer\.json.*no code of a model's own is run"):
+        loading.load_tokenizer(loading.Source("x", tmp_path))
+    assert not ran.exists()
+
+
 def test_fingerprints_tell_models_apart(tmp_path: Path) -> None:
     parameters = save_llama(tmp_path / "a")
     config = json.loads((tmp_path / "a" / "config.json").read_text())

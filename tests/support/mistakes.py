@@ -168,7 +168,8 @@ MISTAKES: dict[str, tuple[Prepare, str]] = {
     ),
     "no tokenizer": (
         model_file("tokenizer.json", None),
-        "<dir>/model: no tokenizer.json, and no other tokenizer loads from it: …",
+        "<dir>/model: no tokenizer.json, and no other tokenizer loads from it: …; save it as a "
+        "fast tokenizer beside the model (no code of a model's own is run)",
     ),
     "damaged tokenizer": (
         model_file("tokenizer.json", "{"),
