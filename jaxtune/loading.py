@@ -220,7 +220,10 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerFast:
         # AutoTokenizer would build some classes (GPT2Tokenizer among them) from the vocabulary alone and lose steps
         # that tokenizer.json has, such as SmolLM2's split of digits. The file is what the model was trained with.
         try:
-            return PreTrainedTokenizerFast.from_pretrained(source.path, local_files_only=True)
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(source.path, local_files_only=True)
+            # Some settings are looked at in use only.
+            tokenizer.decode(tokenizer("a")["input_ids"])
+            return tokenizer
         except Exception as error:  # whatever its parsers come across; the library raises Exception itself, too
             raise UserError(
                 f"{source.path}: its tokenizer files are damaged ({type(error).__name__}: {error}); take the model's "

@@ -1,10 +1,17 @@
-"""What one run computes on several meshes of 8 CPU devices; run by test_mesh_program.py, prints one line of JSON."""
+"""What one run computes on several meshes of 8 CPU devices; run by test_mesh_program.py, prints one line of JSON.
+
+With --every-mesh: losses and gradients alone, on each axis for itself and on mixes of two and three, packed and whole.
+
+    XLA_FLAGS=--xla_force_host_platform_device_count=8 PYTHONPATH=.:tests/support \
+        python tests/scale/mesh_program.py --every-mesh
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import re
+import sys
 import tempfile
 import tracemalloc
 from pathlib import Path
@@ -40,6 +47,10 @@ PACKED = {
     name: values.reshape(2, 8, 48)
     for name, values in packed_batch(DECODER, random_documents(DECODER, LENGTHS), rows=16, length=48).items()
 }
+WHOLE = {
+    name: values.reshape(2, 8, 40)
+    for name, values in packed_batch(DECODER, random_documents(DECODER, [40] * 16), rows=16, length=40).items()
+}
 ONE_EACH = accumulated(packed_batch(DECODER, random_documents(decoder_config(), [40] * 8), rows=8, length=40))
 CASES: dict[str, tuple[dict[str, Any], list[dict[str, int]]]] = {
     "packed, accumulated, dropout": (
@@ -67,6 +78,13 @@ CASES: dict[str, tuple[dict[str, Any], list[dict[str, int]]]] = {
 
 
 MIXED = {"data": 2, "fsdp": 2, "tensor": 2}
+ALONE = [{"data": 8}, {"fsdp": 8}, {"tensor": 2}, {"sequence": 4}]
+PAIRS = [{"data": 2, "fsdp": 4}, {"data": 4, "tensor": 2}, {"fsdp": 2, "sequence": 4}, {"tensor": 2, "sequence": 2}]
+TRIPLES = [MIXED, {"data": 2, "fsdp": 2, "sequence": 2}, {"fsdp": 2, "tensor": 2, "sequence": 2}]
+EVERY_MESH: dict[str, tuple[dict[str, Any], list[dict[str, int]]]] = {
+    "packed, accumulated": ({"batch": PACKED}, [*ALONE, *PAIRS, *TRIPLES]),
+    "whole, accumulated": ({"batch": WHOLE, "packed": False}, [*ALONE, *PAIRS, *TRIPLES]),
+}
 
 
 class Run:
@@ -132,10 +150,10 @@ def name(axes: dict[str, int]) -> str:
     return " ".join(f"{axis}={size}" for axis, size in axes.items()) or "one"
 
 
-def compared() -> dict[str, Any]:
+def compared(cases: dict[str, tuple[dict[str, Any], list[dict[str, int]]]] = CASES) -> dict[str, Any]:
     """Of each case and mesh: scalars here and on one device, and the largest relative error of any leaf's gradient."""
     found: dict[str, Any] = {}
-    for case, (options, meshes) in CASES.items():
+    for case, (options, meshes) in cases.items():
         scalars_one, one = Run({}, **options).gradient()
         for axes in meshes:
             scalars, leaves = Run(axes, **options).gradient()
@@ -229,4 +247,12 @@ def checked() -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    if "--every-mesh" in sys.argv:
+        found = compared(EVERY_MESH)
+        for mesh, (here, one, error) in found.items():
+            errors = [abs(here[name] / one[name] - 1) for name in ("loss", "grad_norm")]
+            print(f"{mesh}: loss {errors[0]:.1e}, norm {errors[1]:.1e}, gradients {error:.1e}")
+        worst = max(error for _, _, error in found.values())
+        print(f"{len(found)} meshes and batches, gradients within {worst:.1e}")
+        sys.exit(0 if worst < 1e-5 else 1)
     print(json.dumps({part.__name__: part() for part in (compared, curves, programs, loaded, checked)}))
