@@ -5,7 +5,8 @@ documents. Tiles of keys that no query of a tile sees, being of other documents 
 and of those that every query sees whole nothing is masked
 (FlashAttention-2, arXiv:2307.08691; gradients of keys sum over the heads they serve, so results repeat bit for bit).
 Numerics: scores, soft-cap and softmax in float32; weights and their gradients are rounded to q's dtype for the
-products. Refuses head widths that are no power of two from 16 to 256.
+products. Heads whose width is no power of two from 16 on are filled up with zeros in registers. Refuses wider ones than
+256.
 """
 
 from __future__ import annotations
@@ -13,51 +14,29 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from pallas_kernels._device import compute_capability
-from pallas_kernels._triton import WHOLE, row_kernel_reason, triton_call
+from pallas_kernels._triton import WHOLE, masked_span, row_kernel_reason, triton_call
+from pallas_kernels.attention.tiles import Span, Tiles, filled, seen_tiles, spans_of, tiling
 from pallas_kernels.attention.xla import Form
 
 _LOG2E = math.log2(math.e)
 # Below every score, and finite: a tile that a query sees nothing of must not make NaN. A power of two, so that its
 # product with a factor is exact: fused with the subtraction of the largest score it must come to zero, and no more.
 _MASKED = -(2.0**100)
-# Bytes of shared memory that a program may have, by compute capability.
-_SHARED_BYTES = {8.0: 163_000, 8.7: 163_000, 9.0: 227_000, 10.0: 227_000}
-_LEAST_SHARED_BYTES = 99_000
-
-
-class Tiles(NamedTuple):
-    """Queries and keys that a program works on at a time, its warps, and tiles in flight."""
-
-    queries: int
-    keys: int
-    warps: int
-    stages: int
-
-
-# By pass, then by head width up to which they serve.
-TILES = {
-    "forward": {64: Tiles(128, 64, 4, 3), 128: Tiles(64, 64, 4, 3), 256: Tiles(64, 32, 4, 2)},
-    "keys": {64: Tiles(64, 64, 4, 3), 128: Tiles(64, 64, 4, 2), 256: Tiles(32, 32, 4, 2)},
-    "queries": {64: Tiles(64, 64, 4, 3), 128: Tiles(64, 64, 4, 2), 256: Tiles(64, 32, 4, 2)},
-}
 
 
 def unsupported_reason(q: Array) -> str | None:
     """Why q cannot be served here, or None."""
-    width = q.shape[-1]
-    if width & (width - 1) or not 16 <= width <= 256:
-        return f"it takes head widths that are powers of two from 16 to 256, not {width}"
+    if q.shape[-1] > 256:
+        return f"it takes head widths up to 256, not {q.shape[-1]}"
     return row_kernel_reason(q)
 
 
@@ -83,79 +62,6 @@ def _bwd(form: Form, residuals: tuple[Any, ...], d_out: Array) -> tuple[Array | 
 attention_triton.defvjp(_fwd, _bwd)
 
 
-def _tiles(name: str, q: Array) -> Tiles:
-    """The tiling of a pass, with fewer tiles in flight where the GPU holds no more."""
-    width, item = q.shape[3], q.dtype.itemsize
-    tiles = next(tiles for widest, tiles in TILES[name].items() if width <= widest)
-    kept, moving = (tiles.keys, tiles.queries) if name == "keys" else (tiles.queries, tiles.keys)
-    kept *= 1 if name == "forward" else 2
-    limit = _SHARED_BYTES.get(compute_capability() or 0.0, _LEAST_SHARED_BYTES)
-    fitting = (limit - kept * width * item) // (2 * moving * width * item)
-    return tiles._replace(stages=max(1, min(tiles.stages, fitting)))
-
-
-class _Span(NamedTuple):
-    """The tiles that one tile has to do with: first to end, of which whole_first to whole_end need no mask."""
-
-    first: Array
-    whole_first: Array
-    whole_end: Array
-    end: Array
-
-    def masked(self) -> Array:
-        """How many tiles are masked: those in front of the whole ones, and those behind."""
-        return self.end - self.first - (self.whole_end - self.whole_first)
-
-    def masked_tile(self, step: Array) -> Array:
-        """The tile of one of these steps."""
-        tile = self.first + step
-        return jnp.where(tile < self.whole_first, tile, tile + self.whole_end - self.whole_first)
-
-
-def _spans(seen: tuple[Array, Array], axis: int) -> Array:
-    """A `_Span` of tiles along `axis` of `_seen`'s results for each tile along the other: int32 [B, tiles, 4].
-
-    Where whole tiles are not all beside each other, those from the first one on until one is not whole count as such.
-    """
-    some, whole = (jnp.moveaxis(x, axis, 2) for x in seen)
-    index, count = jnp.arange(some.shape[2]), some.shape[2]
-    first, end = jnp.argmax(some, axis=2), count - jnp.argmax(some[..., ::-1], axis=2)
-    whole_first = jnp.where(jnp.any(whole, axis=2), jnp.argmax(whole, axis=2), end)
-    broken = ~whole & (index >= whole_first[..., None])
-    whole_end = jnp.where(jnp.any(broken, axis=2), jnp.argmax(broken, axis=2), count)
-    return jnp.stack([first, whole_first, jnp.where(whole_first < end, whole_end, end), end], axis=2).astype(jnp.int32)
-
-
-def _seen(segment_ids: Array | None, shape: tuple[int, ...], form: Form, tiles: Tiles) -> tuple[Array, Array]:
-    """Which tiles of keys a tile of queries may see some of, and which each of its queries sees whole: bool
-    [B, query tiles, key tiles]. On the diagonal there is always something to see, and always something masked.
-
-    Documents are told apart by the least and the largest number in a tile: exactly where numbers rise along a row, and
-    with some tiles too many where they do not.
-    """
-    b, t = shape[:2]
-    first_query, first_key = (np.arange(0, t, size) for size in (tiles.queries, tiles.keys))
-    end_query, end_key = first_query + tiles.queries, first_key + tiles.keys
-    some = first_key[None, :] < np.minimum(end_query, t)[:, None]
-    # What ends behind the row is not whole, nor is a tile of one: its last tile must be there to be masked.
-    whole = (end_key[None, :] <= first_query[:, None]) & (end_query[:, None] <= t)
-    if form.window is not None:
-        some &= np.minimum(end_key, t)[None, :] > first_query[:, None] - form.window + 1
-        whole &= first_key[None, :] > end_query[:, None] - 1 - form.window
-    some_1xQxS, whole_1xQxS = jnp.asarray(some)[None], jnp.asarray(whole)[None]
-    if segment_ids is None:
-        return jnp.broadcast_to(some_1xQxS, (b, *some.shape)), jnp.broadcast_to(whole_1xQxS, (b, *some.shape))
-
-    def extremes(size: int) -> tuple[Array, Array]:
-        padded = jnp.pad(segment_ids, ((0, 0), (0, -t % size)), mode="edge").reshape(b, -1, size)
-        return jnp.min(padded, axis=2), jnp.max(padded, axis=2)
-
-    (q_least, q_most), (k_least, k_most) = extremes(tiles.queries), extremes(tiles.keys)
-    related = (k_least[:, None, :] <= q_most[:, :, None]) & (k_most[:, None, :] >= q_least[:, :, None])
-    one = (q_least == q_most)[:, :, None] & (k_least == k_most)[:, None, :] & (q_least[:, :, None] == k_least[:, None])
-    return some_1xQxS & related, whole_1xQxS & one
-
-
 class _Reader:
     """Tiles of arrays [B, T, N, H], and of what belongs to their rows, for one program."""
 
@@ -166,25 +72,33 @@ class _Reader:
         """Which rows of a tile exist; None if all do."""
         return None if self.length % size == 0 else first + lax.iota(jnp.int32, size) < self.length
 
-    def span(self, ref: Any, tile: Array) -> _Span:
-        """What `_spans` says of a tile."""
-        return _Span(*(ref[self.batch, tile, i] for i in range(4)))
+    def span(self, ref: Any, tile: Array) -> Span:
+        """What `spans_of` says of a tile."""
+        return Span(*(ref[self.batch, tile, i] for i in range(4)))
 
     def rows(self, ref: Any, first: Array, size: int, head: Array, *, whole: bool = False) -> Array:
-        """[size, H] of one head; zeros where there are no rows, which a `whole` tile has no room for."""
-        inside = None if whole else self.inside(first, size)
-        mask = None if inside is None else jnp.broadcast_to(inside[:, None], (size, ref.shape[3]))
+        """[size, filled H] of one head; zeros where there are no rows, which a `whole` tile has no room for."""
+        mask = self.mask(ref, first, size, whole=whole)
         return plt.load(self.at(ref, first, size, head), mask=mask, other=None if mask is None else 0.0)
 
     def store(self, ref: Any, first: Array, head: Array, values: Array) -> None:
-        """Writes [size, H] of one head."""
-        inside = self.inside(first, values.shape[0])
-        mask = None if inside is None else jnp.broadcast_to(inside[:, None], values.shape)
-        plt.store(self.at(ref, first, values.shape[0], head), values.astype(ref.dtype), mask=mask)
+        """Writes [size, filled H] of one head."""
+        size = values.shape[0]
+        mask = self.mask(ref, first, size, whole=False)
+        plt.store(self.at(ref, first, size, head), values.astype(ref.dtype), mask=mask)
+
+    def mask(self, ref: Any, first: Array, size: int, *, whole: bool) -> Array | None:
+        """Which elements of [size, filled H] exist; None if all do."""
+        shape, inside = (size, filled(ref.shape[3])), None if whole else self.inside(first, size)
+        rows = None if inside is None else jnp.broadcast_to(inside[:, None], shape)
+        if shape[1] == ref.shape[3]:
+            return rows
+        columns = lax.broadcasted_iota(jnp.int32, shape, 1) < ref.shape[3]
+        return columns if rows is None else rows & columns
 
     def at(self, ref: Any, first: Array, size: int, head: Array) -> Any:
-        """A reference to [size, H] of one head."""
-        return ref.at[self.batch, pl.ds(first, size), head, :]
+        """A reference to [size, filled H] of one head."""
+        return ref.at[self.batch, pl.ds(first, size), head, masked_span(0, filled(ref.shape[3]), first)]
 
     def numbers(self, ref: Any, first: Array, size: int, head: Array, *, whole: bool = False) -> Array:
         """[size] of an array [B, N, T]."""
@@ -244,9 +158,9 @@ def _d_scores(weights: Array, d_weights: Array, along: Array, scores: Array, for
 
 def _forward(q: Array, k: Array, v: Array, segment_ids: Array | None, form: Form) -> tuple[Array, Array]:
     """The result, and log2 of each query's sum, float32 [B, N, T]."""
-    (b, t, n, width), group = q.shape, q.shape[2] // k.shape[2]
-    tiles = _tiles("forward", q)
-    spans = _spans(_seen(segment_ids, q.shape, form, tiles), axis=2)
+    (b, t, n, _), group, width = q.shape, q.shape[2] // k.shape[2], filled(q.shape[3])
+    tiles = tiling("forward", q)
+    spans = spans_of(seen_tiles(segment_ids, q.shape, form, tiles), axis=2)
 
     def kernel(spans_ref: Any, q_ref: Any, k_ref: Any, v_ref: Any, *rest: Any) -> None:
         (out_ref, sums_ref), batch, head = rest[-2:], pl.program_id(2), pl.program_id(1)
@@ -283,9 +197,9 @@ def _forward(q: Array, k: Array, v: Array, segment_ids: Array | None, form: Form
 def _d_queries(
     q: Array, k: Array, v: Array, d_out: Array, log_sums: Array, along: Array, segment_ids: Array | None, form: Form
 ) -> Array:
-    (b, t, n, width), group = q.shape, q.shape[2] // k.shape[2]
-    tiles = _tiles("queries", q)
-    spans = _spans(_seen(segment_ids, q.shape, form, tiles), axis=2)
+    (b, t, n, _), group, width = q.shape, q.shape[2] // k.shape[2], filled(q.shape[3])
+    tiles = tiling("queries", q)
+    spans = spans_of(seen_tiles(segment_ids, q.shape, form, tiles), axis=2)
 
     def kernel(
         spans_ref: Any, q_ref: Any, k_ref: Any, v_ref: Any, do_ref: Any, sums_ref: Any, along_ref: Any, *rest: Any
@@ -319,10 +233,10 @@ def _d_queries(
 def _d_keys(
     q: Array, k: Array, v: Array, d_out: Array, log_sums: Array, along: Array, segment_ids: Array | None, form: Form
 ) -> tuple[Array, Array]:
-    (b, t, _, width), kv_heads = q.shape, k.shape[2]
+    (b, t, *_), kv_heads, width = q.shape, k.shape[2], filled(q.shape[3])
     group = q.shape[2] // kv_heads
-    tiles = _tiles("keys", q)
-    spans = _spans(_seen(segment_ids, q.shape, form, tiles), axis=1)
+    tiles = tiling("keys", q)
+    spans = spans_of(seen_tiles(segment_ids, q.shape, form, tiles), axis=1)
 
     def kernel(
         spans_ref: Any, q_ref: Any, k_ref: Any, v_ref: Any, do_ref: Any, sums_ref: Any, along_ref: Any, *rest: Any
@@ -359,7 +273,7 @@ def _d_keys(
     return dk, dv
 
 
-def _over(span: _Span, add: Callable[..., Any], start: Any, *, first_head: Any = 0, heads: int | None = None) -> Any:
+def _over(span: Span, add: Callable[..., Any], start: Any, *, first_head: Any = 0, heads: int | None = None) -> Any:
     """The fold of add(tile, carry, whole) over a span's tiles; with `heads`, of add(tile, carry, whole, head) over the
     tiles of each of these heads, in one loop."""
     masked, whole = span.masked(), span.whole_end - span.whole_first
