@@ -38,7 +38,7 @@ from jaxtune.memory import device_peak
 from jaxtune.models.config import DecoderConfig
 from jaxtune.optim import make_optimizer
 from jaxtune.planning import make_plan
-from jaxtune.step import batch_sharding, jit_train_step, make_mesh, state_sharding
+from jaxtune.step import batch_sharding, init_state, jit_train_step, make_mesh, state_sharding
 from jaxtune.structure import frozen_structure, state_structure, step_bytes, step_settings
 
 _70B = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64}
@@ -144,6 +144,8 @@ def measure(name: str, profile: Path | None) -> dict[str, Any]:
     started = time.perf_counter()
     case = CASES[name]
     limit_memory(case.limit)
+    # XLA's own generator compiles and draws billions of numbers faster.
+    jax.config.update("jax_default_prng_impl", "rbg")
     config, hf_config, device, mesh = run_config(case), MODELS[case.model], this_device(), make_mesh()
     plan = make_plan(config, hf_config, device, survey=False)
     dtype, decoder = resolve_dtype(plan.dtype), DecoderConfig.from_hf(hf_config)
@@ -153,13 +155,17 @@ def measure(name: str, profile: Path | None) -> dict[str, Any]:
     if case.embedding_on_host:
         embedding = HostEmbedding(frozen)
         frozen, host_batch = embedding.without_table, embedding.with_rows(host_batch)
-    state = random_arrays(state_structure(config, decoder, dtype), seed=2)
+    # Moments start at zero, as a run's do: random ones may be such as no gradients leave behind.
+    optimizer = make_optimizer(config.train, 1000)
+    lora = random_arrays(state_structure(config, decoder, dtype).lora, seed=2)
+    state = init_state(lora, optimizer, config.train.seed, dtype)
+    del lora
     state = jax.device_put(state, state_sharding(mesh, paged=config.train.is_paged))
     batch = jax.device_put(host_batch, batch_sharding(mesh))
     ready = time.perf_counter()
     for policy in plan.candidates:
         settings = step_settings(config, decoder, dtype, policy)
-        jitted: Any = jit_train_step(make_optimizer(config.train, 1000), settings, mesh)
+        jitted: Any = jit_train_step(optimizer, settings, mesh)
         step = jitted.lower(state, frozen, batch).compile()
         if step_bytes(step) <= device.usable:
             break

@@ -272,8 +272,8 @@ def _random(shape: tuple[int, ...], dtype: str, name: str, embedding: float, key
     mean = {"scale": 1.0, "absmax": 0.04, "nested_offset": 0.04}.get(name, 0.0)
     deviation = {"scale": 0.1, "absmax": 0.001, "nested_offset": 0.001, "nested_absmax": 0.01, "embedding": embedding}
     values = mean + deviation.get(name, 0.02) * jax.random.normal(key, shape, dtype)
-    # Moments of the optimizer and scales of scales are not negative.
-    return jnp.abs(values) if name in ("nested_absmax", "v") else values
+    # Second moments and scales are not negative.
+    return jnp.abs(values) if name == "v" or name.endswith("absmax") else values
 
 
 def _decoded(frozen: Any) -> Any:

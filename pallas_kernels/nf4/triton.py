@@ -23,7 +23,7 @@ from pallas_kernels.nf4.reference import DYNAMIC_MAP, NF4_TABLE
 from pallas_kernels.nf4.tensor import NF4Layer, NF4Tensor
 
 # Elements that one program decodes: full rows of 4,096 in pairs were the fastest of the tilings tried on an H200.
-_TILE = 8192
+_TILE, _WARPS = 8192, 4
 
 
 def unsupported_reason(t: NF4Tensor | NF4Layer) -> str | None:
@@ -96,7 +96,7 @@ def decode_into(
         in_specs=[WHOLE] * len(operands),
         out_specs=WHOLE,
         input_output_aliases=aliases,
-        num_warps=4,
+        num_warps=_WARPS,
         name="nf4_decode",
     )(*operands)
 

@@ -40,7 +40,9 @@ def rope(
     if q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
         raise ValueError(f"rope: q {q.shape} and k {k.shape} must be [B, T, N, H] and [B, T, K, H]")
     _check_angles("rope", q, cos, sin)
-    return _rotate(q, k, cos, sin, _choose("rope", implementation, q, k, cos, sin))
+    # XLA first: with arrays of their own to write it takes half of the kernel's time (H200: 44 us against 87).
+    candidates = {"xla": lambda: None, "triton": lambda: unsupported_reason(q, k, cos, sin)}
+    return _rotate(q, k, cos, sin, choose("rope", implementation, candidates))
 
 
 def split_rope(
@@ -70,7 +72,8 @@ def split_rope(
         raise ValueError(f"split_rope: qkv {qkv.shape} must hold {heads} + 2 x {kv_heads} heads of one width")
     by_head = qkv.reshape(b, t, total, width // total)
     _check_angles("split_rope", by_head, cos, sin)
-    return _split(by_head, cos, sin, heads, kv_heads, _choose("split_rope", implementation, qkv, cos, sin))
+    candidates = {"triton": lambda: unsupported_reason(qkv, cos, sin), "xla": lambda: None}
+    return _split(by_head, cos, sin, heads, kv_heads, choose("split_rope", implementation, candidates))
 
 
 def _check_angles(op: str, x: Array, cos: Array, sin: Array) -> None:
@@ -79,10 +82,6 @@ def _check_angles(op: str, x: Array, cos: Array, sin: Array) -> None:
             f"{op}: cos {cos.shape} and sin {sin.shape} must be [B, T, half] for {x.shape[:2]} tokens, with half at "
             f"most half of the head width {x.shape[3]}"
         )
-
-
-def _choose(op: str, implementation: str | None, *arrays: Array) -> str:
-    return choose(op, implementation, {"triton": lambda: unsupported_reason(*arrays), "xla": lambda: None})
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
