@@ -118,7 +118,8 @@ def _memory_bytes() -> float:
 
 
 def ceilings() -> tuple[float, float]:
-    """Bytes and bf16 operations a second that this GPU reaches in a copy of 1 GiB, in words of 2 or 4 bytes, and in a product of 8,192^3."""
+    """Bytes and bf16 operations a second that this GPU reaches in a copy of 1 GiB, of 2 or 4 bytes an element, and in a
+    product of 8,192^3."""
     n = 8192
     keys = jax.random.split(jax.random.key(1), 3)
     big, a, b = (jax.random.normal(key, (rows * n, n), jnp.bfloat16) for key, rows in zip(keys, (8, 1, 1), strict=True))
