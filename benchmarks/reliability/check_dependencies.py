@@ -76,7 +76,7 @@ def check(python: str, resolution: str, work: Path, *, newest_oracles: bool) -> 
     )
     tests = PARITY if newest_oracles else TESTS
     # The tests import the checkout, which stands before what was installed.
-    tested = run([interpreter, "-m", "pytest", "-q", "-m", "not slow and not gpu", *tests], JAX_PLATFORMS="cpu")
+    tested = run([interpreter, "-m", "pytest", "-q", "-m", "not gpu", *tests], JAX_PLATFORMS="cpu")
     print(f"  tests: {tested.stdout.strip().splitlines()[-1] if tested.stdout.strip() else tested.stderr[-500:]}")
     if tested.returncode != 0:
         print(tested.stdout[-3000:])

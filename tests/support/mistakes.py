@@ -176,6 +176,11 @@ MISTAKES: dict[str, tuple[Prepare, str]] = {
         "<dir>/model: its tokenizer files are damaged (…); take the model's own tokenizer.json and "
         "tokenizer_config.json",
     ),
+    "damaged tokenizer settings": (
+        model_file("tokenizer_config.json", '{"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": []}'),
+        "<dir>/model: its tokenizer files are damaged (…); take the model's own tokenizer.json and "
+        "tokenizer_config.json",
+    ),
     "activation": (
         model(hidden_act="relu"),
         "config.json: hidden_act 'relu' is not implemented; known are ['gelu', 'gelu_new', "
