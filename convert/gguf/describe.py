@@ -152,9 +152,9 @@ def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
             if rope.get(name) is not None:
                 metadata[f"rope.scaling.yarn_{name}"] = float(rope[name])
         factor, attention = rope["factor"], rope.get("attention_factor")
-        scales = rope.get("mscale"), rope.get("mscale_all_dim")
-        if attention is None and all(scales):
-            attention = yarn_attention(factor, scales[0]) / yarn_attention(factor, scales[1])
+        mscale, of_all = rope.get("mscale"), rope.get("mscale_all_dim")
+        if attention is None and mscale and of_all:
+            attention = yarn_attention(factor, mscale) / yarn_attention(factor, of_all)
         if attention is not None:
             # llama.cpp multiplies its own factor by this one.
             metadata["rope.scaling.attn_factor"] = attention / yarn_attention(factor)
