@@ -77,7 +77,10 @@ def make_generator(hf_config: dict[str, Any], unroll: bool) -> Generator:
     dtype, decoder = resolve_dtype(), DecoderConfig.from_hf(hf_config)
     made = random_arrays(frozen_structure(hf_config, ModelConfig("-"), dtype), seed=1, embedding=EMBEDDING)
     frozen = jax.tree.map(_centred, made, is_leaf=_is_packed)
-    lora = random_arrays(jax.eval_shape(lambda: init_lora(LORA, decoder)), seed=2)
+    # In the dtype that products take, as `python -m jaxtune.generate` holds it.
+    lora = jax.tree.map(
+        lambda leaf: leaf.astype(dtype), random_arrays(jax.eval_shape(lambda: init_lora(LORA, decoder)), seed=2)
+    )
     return Generator(frozen, lora, decoder, adaptation(LORA), dtype, unroll)
 
 

@@ -57,6 +57,7 @@ _LAYER_KEPT_FUSED = Widths(mlp=1.0, model=0.0, queries=0.0, keys=0.0)
 # 16-bit weights at once: the widest ones of a layer, or whole layers where layers are unrolled.
 _DECODED_WEIGHTS = 0.6
 _DECODED_LAYERS_UNROLLED = 8.0
+_HEAD_ROWS_BYTES = 64 * 2**20
 # Gradients, and what the optimizer makes of them before the adapter is written.
 _UPDATE = 1.25
 # Queries at a time of the attention that runs without cuDNN, and the largest mask that cuDNN is given.
@@ -142,7 +143,7 @@ def measure_model(config: RunConfig, hf_config: dict[str, Any], dtype: str) -> M
     numpy_dtype = resolve_dtype(dtype)
     decoder = DecoderConfig.from_hf(hf_config)
     frozen = frozen_structure(hf_config, config.model, numpy_dtype)
-    whole = dataclasses.replace(config.model, load_in_4bit=False, embedding_on_host=False)
+    whole = dataclasses.replace(config.model, load_in_4bit=False, head="dtype", embedding_on_host=False)
     one_a_byte = frozen_structure(hf_config, whole, "uint8")
     state = state_structure(config, decoder, numpy_dtype)
     sizes = [out * into for out, into in decoder.linear_shapes().values()]
@@ -215,10 +216,16 @@ def estimate_memory(config: RunConfig, model: Model, device: Device, dtype: str,
         layer=layer,
         decoded=int(size * decoded_elements / tensor) if model.packed else 0,
         # Logits in float32, their gradient in 16 bits, and the hidden states in the order they are learnt in.
-        logits=6 * chunk * words + 4 * size * tokens * decoder.hidden_size,
+        logits=6 * chunk * words + _decoded_head(config, decoder) + 4 * size * tokens * decoder.hidden_size,
         update=int(_UPDATE * 4 * model.trainable / spread) + (model.optimizer if config.train.is_paged else 0),
         host=_HOST_PROCESS["cpu" if device.capability is None else "gpu"] + offloaded,
     )
+
+
+def _decoded_head(config: RunConfig, decoder: DecoderConfig) -> int:
+    """Of a head in 8 or 4 bits: the rows that are decoded at a time, and of NF4 a scale of each block in float32."""
+    scales = {"dtype": -_HEAD_ROWS_BYTES, "int8": 0, "nf4": decoder.vocab_size * decoder.hidden_size // 16}
+    return _HEAD_ROWS_BYTES + scales[config.model.head]
 
 
 def _in_fp8(config: RunConfig, device: Device) -> bool:

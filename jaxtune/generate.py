@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
+import numpy as np
 
 from jaxtune.base import BaseModel, find_base
 from jaxtune.config import LoraConfig, ModelConfig, OutputConfig
@@ -53,7 +54,9 @@ def load_text_generator(config: ModelConfig, adapter: str | Path | None = None) 
         base = adapted_base(base, adapter)
         lora, lora_config, tokenizer = load_adapter(adapter, base)
         acts = adaptation(lora_config)
-    generator = Generator(base.load(), jax.device_put(lora), base.decoder, acts, base.dtype)
+    # In the dtype that products take: it is trained no more.
+    on_device = jax.tree.map(lambda leaf: jax.device_put(np.asarray(leaf, base.dtype)), lora)
+    generator = Generator(base.load(), on_device, base.decoder, acts, base.dtype)
     return TextGenerator(generator, tokenizer, model_stop_ids(tokenizer, base.source))
 
 
@@ -119,6 +122,7 @@ def load_from_arguments(options: argparse.Namespace) -> TextGenerator:
         revision=options.revision,
         local_files_only=options.local_files_only,
         load_in_4bit=not options.no_4bit,
+        head=options.head,
         dtype=options.dtype,
     )
     cache = OutputConfig("-").compile_cache

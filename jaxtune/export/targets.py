@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from convert import bnb4bit, flax_tree
@@ -24,6 +25,7 @@ from convert.progress import Progress
 from convert.safetensors_io import TensorInfo, write_model
 from jaxtune.errors import UserError
 from pallas_kernels import nf4
+from pallas_kernels.cross_entropy import Int8Head, decoded_head
 from pallas_kernels.nf4 import NF4Tensor
 
 
@@ -146,6 +148,8 @@ def _as_trained(frozen: dict[str, Any]) -> Callable[[Slot], np.ndarray]:
         leaf: Any = functools.reduce(lambda node, key: node[key], slot.path, frozen)
         if slot.layer is not None:
             leaf = jax.tree.map(lambda stack: stack[slot.layer], leaf)
+        if isinstance(leaf, Int8Head):
+            return np.asarray(decoded_head(leaf, jnp.dtype(jnp.float32)))
         return np.asarray(nf4.dequantize(leaf) if isinstance(leaf, NF4Tensor) else leaf)
 
     return values

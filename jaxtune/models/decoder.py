@@ -21,6 +21,7 @@ from jaxtune.models.context import Context
 from jaxtune.models.norm import norm
 from jaxtune.models.rope import document_lengths
 from jaxtune.parts import Parts
+from pallas_kernels.cross_entropy import Head, head_logits
 from pallas_kernels.nf4 import NF4Layer, NF4Tensor
 
 Tree = Mapping[str, Any]
@@ -43,8 +44,8 @@ def embed(
     return rows if config.embedding_scale == 1.0 else rows * jnp.asarray(config.embedding_scale, dtype)
 
 
-def head_weight(frozen: Tree) -> Float[Array, "V D"]:
-    """The output head: its own matrix, or the embedding table where the two are tied."""
+def head_weight(frozen: Tree) -> Head:
+    """The output head: its own matrix, dense or in fewer bits, or the embedding table where the two are tied."""
     return frozen["lm_head"]["kernel"] if "lm_head" in frozen else frozen["embed_tokens"]["embedding"]
 
 
@@ -263,6 +264,5 @@ def _keep_all_but_weights(layer: Callable[..., Any]) -> Callable[..., Any]:
 
 def logits(frozen: Tree, hidden: Float[Array, "B T D"], config: DecoderConfig) -> Float[Array, "B T V"]:
     """float32 logits; for generation and tests (training never holds them, see pallas_kernels.cross_entropy)."""
-    head = head_weight(frozen).astype(hidden.dtype)
-    raw = jnp.einsum("btd,vd->btv", hidden, head, preferred_element_type=jnp.float32)
+    raw = head_logits(hidden, head_weight(frozen))
     return raw if config.logit_cap is None else config.logit_cap * jnp.tanh(raw / config.logit_cap)

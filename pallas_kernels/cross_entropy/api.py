@@ -7,9 +7,11 @@ from jax import Array, lax
 from jaxtyping import Float, Int
 
 from pallas_kernels._dispatch import choose
+from pallas_kernels.cross_entropy import head as head_products
 from pallas_kernels.cross_entropy.head import Head, Int8Head
 from pallas_kernels.cross_entropy.xla import Form, Vocabulary, linear_cross_entropy_xla
 from pallas_kernels.nf4 import NF4Tensor
+from pallas_kernels.nf4_matmul import triton
 
 LOGITS_BUDGET_BYTES = 256 * 2**20
 
@@ -83,3 +85,27 @@ def linear_cross_entropy(
     per_row = max(1, min(t, (chunk or chunk_tokens(head.shape[0], budget_bytes)) // visiting))
     form = Form(per_row, cap, logit_scale, train_head, vocabulary)
     return linear_cross_entropy_xla(hidden, head, targets, weights, form)
+
+
+def head_logits(hidden: Float[Array, "B T D"], head: Head, implementation: str | None = None) -> Float[Array, "B T V"]:
+    """float32 hidden head^T, without a loss: for generation, where few tokens are asked about.
+
+    Args:
+        hidden: [B, T, D], the dtype that products are computed in.
+        head: as for `linear_cross_entropy`; one in 8 or 4 bits is never decoded whole.
+        implementation: of an NF4 head: "triton", "xla", or None to choose.
+
+    Raises:
+        NotImplementedError: a packed head whose rows are not whole blocks, or the named implementation cannot run.
+    """
+    if not isinstance(head, NF4Tensor):
+        return head_products.logits(hidden, head_products.prepared(head, hidden.dtype))
+    rows = hidden.reshape(-1, hidden.shape[-1])
+
+    def too_many() -> str | None:
+        reason = triton.unsupported_reason(rows, head)
+        return reason if reason or triton.can_fuse(rows, head) else f"{rows.shape[0]} rows of {rows.dtype} are too many"
+
+    if choose("head_logits", implementation, {"triton": too_many, "xla": lambda: None}) == "triton":
+        return triton.fused_product(rows, head, jnp.float32).reshape(*hidden.shape[:2], -1)
+    return head_products.logits(hidden, head_products.prepared(head, hidden.dtype))

@@ -73,9 +73,10 @@ def _product(x: Array, w: NF4Tensor | NF4Layer, weight_axis: int) -> Array:
     return lax.dot_general(x, weight, contract)
 
 
-def fused_product(x: Array, w: NF4Tensor | NF4Layer) -> Array:
-    """[M, K] -> [M, N], the weight decoded in the kernel; for x that `can_fuse`."""
-    return fused_row(x, [w]) if x.shape[0] == 1 else _few_rows(x, _in_stack(w))
+def fused_product(x: Array, w: NF4Tensor | NF4Layer, dtype: Any = None) -> Array:
+    """[M, K] -> [M, N], the weight decoded in the kernel; for x that `can_fuse`. dtype: of the result, or None for x's
+    own."""
+    return fused_row(x, [w], dtype=dtype) if x.shape[0] == 1 else _few_rows(x, _in_stack(w), dtype or x.dtype)
 
 
 def _in_stack(w: NF4Tensor | NF4Layer) -> NF4Layer:
@@ -118,11 +119,12 @@ def fused_row(
     weights: Sequence[NF4Tensor | NF4Layer],
     ups: Sequence[Array | None] | None = None,
     low: Array | None = None,
+    dtype: Any = None,
 ) -> Array:
     """One row [1, K] times several weights [N, K] in one launch: their results beside each other, [1, sum of N].
 
     ups: of each weight a matrix [N, R] that is added along the contraction, or None. low: [1, sum of R], what the ups
-    are multiplied by, in their order.
+    are multiplied by, in their order. dtype: of the result, or None for x's own.
     """
     layers = [_in_stack(w) for w in weights]
     ups, k = ups or [None] * len(layers), x.shape[1]
@@ -172,7 +174,7 @@ def fused_row(
     width = min(k & -k, _ROW_WIDTH)
     y = triton_call(
         kernel,
-        out_shape=jax.ShapeDtypeStruct((rows,), x.dtype),
+        out_shape=jax.ShapeDtypeStruct((rows,), dtype or x.dtype),
         grid=(programs,),
         in_specs=[WHOLE] * (len(shared) + len(operands)),
         out_specs=WHOLE,
@@ -212,7 +214,7 @@ def _row_sums(
     return jnp.sum(sums, axis=1)
 
 
-def _few_rows(x: Array, w: NF4Layer) -> Array:
+def _few_rows(x: Array, w: NF4Layer, dtype: Any) -> Array:
     stack, (n, k), m = w.stack, w.shape, x.shape[0]
     tile, width = _tile_of(n, _TILE), min(k & -k, _WIDTH)
     block, rows = stack.block_size, max(16, pl.next_power_of_2(m))
@@ -246,7 +248,7 @@ def _few_rows(x: Array, w: NF4Layer) -> Array:
     operands = _operands(x, w, table_of(x.dtype))
     parts = triton_call(
         kernel,
-        out_shape=jax.ShapeDtypeStruct((split, m, n), x.dtype if split == 1 else jnp.float32),
+        out_shape=jax.ShapeDtypeStruct((split, m, n), dtype if split == 1 else jnp.float32),
         grid=(pl.cdiv(n, tile), split),
         in_specs=[WHOLE] * len(operands),
         out_specs=WHOLE,
@@ -254,4 +256,4 @@ def _few_rows(x: Array, w: NF4Layer) -> Array:
         num_stages=3,
         name="nf4_matmul",
     )(*operands)
-    return parts[0] if split == 1 else jnp.sum(parts, axis=0).astype(x.dtype)
+    return parts[0] if split == 1 else jnp.sum(parts, axis=0).astype(dtype)

@@ -10,10 +10,15 @@ from pathlib import Path
 
 import jax
 import pytest
+from runs import CONFIG, Main, WriteRun
 
 from jaxtune import FastLanguageModel, chat, generate
+from jaxtune.config import ModelConfig
 from jaxtune.lora import init_lora
+from jaxtune.metrics import read_metrics
 from jaxtune.samples import TextGenerator
+from jaxtune.structure import frozen_structure, tree_bytes
+from pallas_kernels.nf4 import NF4Tensor
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -70,6 +75,21 @@ def test_adapters_bring_their_base(base_model: Path, adapter: Path, run: Run) ->
     status, answer, err = run("--adapter", adapter, "--prompt", "What colour is sky?")
     assert (status, f"loaded {base_model}" in err) == (0, True)
     assert answer != run("--model", base_model, "--prompt", "What colour is sky?")[1]
+
+
+def test_a_head_in_fewer_bits(write_run: WriteRun, run_main: Main, tmp_path: Path, run: Run) -> None:
+    """In training, beside an embedding in host memory, and in answers."""
+    model = {"head": "nf4", "embedding_on_host": True}
+    train = {"max_steps": 1, "gradient_accumulation_steps": 1}
+    path = write_run(model=model, data={"eval": None}, lora={"r": 4}, train=train)
+    assert run_main("--config", path)[0] == 0
+    rows = read_metrics(tmp_path / "out" / "metrics.jsonl")
+    (held,) = (row["frozen_bytes"] for row in rows if "frozen_bytes" in row)
+    planned = frozen_structure(CONFIG, ModelConfig("-", **model), "float32")
+    assert held == tree_bytes(planned)
+    assert isinstance(planned["lm_head"]["kernel"], NF4Tensor)
+    asked = ("--adapter", tmp_path / "out" / "adapter", "--prompt", "What colour is sky?")
+    assert run(*asked, "--head", "nf4")[0] == 0
 
 
 def test_draws_and_stops(base_model: Path, run: Run) -> None:

@@ -21,6 +21,7 @@ from jaxtune.models.config import DecoderConfig
 from jaxtune.models.decoder import hidden_states, logits
 from jaxtune.sampling import Sampling
 from pallas_kernels._device import lower_for_cuda
+from pallas_kernels.nf4 import quantize
 
 LORA = LoraConfig(r=4, lora_alpha=16)
 CONFIG = decoder_config()
@@ -31,8 +32,10 @@ def generator() -> Generator:
     return make_generator(CONFIG)
 
 
-def make_generator(config: DecoderConfig, dtype: Any = jnp.float32) -> Generator:
+def make_generator(config: DecoderConfig, dtype: Any = jnp.float32, *, packed_head: bool = False) -> Generator:
     frozen = frozen_tree(config, dtype=dtype)
+    if packed_head:
+        frozen["lm_head"]["kernel"] = quantize(frozen["lm_head"]["kernel"])
     return Generator(frozen, lora_tree(config, LORA), config, adaptation(LORA), jnp.dtype(dtype))
 
 
@@ -41,10 +44,10 @@ def without_cache(generator: Generator, prompt: list[int], count: int) -> list[i
     room = len(prompt) + count
 
     @jax.jit
-    def run(tokens: Any) -> Any:
+    def run(frozen: Any, lora: Any, tokens: Any) -> Any:
         hidden, _ = hidden_states(
-            generator.frozen,
-            generator.lora,
+            frozen,
+            lora,
             tokens,
             jnp.arange(room)[None],
             None,
@@ -52,12 +55,12 @@ def without_cache(generator: Generator, prompt: list[int], count: int) -> list[i
             generator.adaptation,
             dtype=generator.dtype,
         )
-        return logits(generator.frozen, hidden, generator.decoder)[0]
+        return logits(frozen, hidden, generator.decoder)[0]
 
     text = list(prompt)
     while len(text) < room:
         padded = jnp.asarray([text + [0] * (room - len(text))], jnp.int32)
-        text.append(int(jnp.argmax(run(padded)[len(text) - 1])))
+        text.append(int(jnp.argmax(run(generator.frozen, generator.lora, padded)[len(text) - 1])))
     return text[len(prompt) :]
 
 
@@ -78,6 +81,14 @@ def test_tied_head_and_bfloat16() -> None:
     answers = generator.generate(prompts, max_new_tokens=3)
     for prompt, answer in zip(prompts, answers, strict=True):
         assert answer[:1] == without_cache(generator, prompt, 1)
+
+
+def test_a_packed_head() -> None:
+    generator = make_generator(decoder_config(hidden_size=64), packed_head=True)
+    prompts = random_documents(CONFIG, [9, 70])
+    answers = generator.generate(prompts, max_new_tokens=5)
+    for prompt, answer in zip(prompts, answers, strict=True):
+        assert answer == without_cache(generator, prompt, 5)
 
 
 def test_stop_tokens(generator: Generator) -> None:
@@ -189,9 +200,10 @@ def test_going_beyond_the_context_is_said(generator: Generator, caplog: pytest.L
 
 @pytest.mark.parametrize("batch", [1, 16])
 def test_on_a_gpu_tokens_are_made_of_packed_weights(batch: int) -> None:
-    """Every linear reads its layer in the stack: none is decoded into memory, and no packed byte is copied."""
+    """Every linear reads its layer in the stack, and so is the head read: none is decoded into memory, and no packed
+    byte is copied."""
     config = decoder_config(hidden_size=64, intermediate_size=128, head_dim=16)
-    generator = make_generator(config, jnp.bfloat16)
+    generator = make_generator(config, jnp.bfloat16, packed_head=True)
     cache = empty_cache(config, batch, 256, jnp.bfloat16)
     zeros = jnp.zeros(batch, jnp.int32)
     state = decoding.State(
@@ -203,7 +215,7 @@ def test_on_a_gpu_tokens_are_made_of_packed_weights(batch: int) -> None:
         return decode(frozen, lora, state, {}, *rest)
 
     text = lower_for_cuda(run, generator.frozen, generator.lora, state)
-    # One row takes q, k and v in one launch, and gate and up.
-    name, launches = ("nf4_matmul_row", 4) if batch == 1 else ("nf4_matmul", 7)
+    # One row takes q, k and v in one launch, and gate and up; the head is one more.
+    name, launches = ("nf4_matmul_row", 5) if batch == 1 else ("nf4_matmul", 8)
     assert text.count(f'name = "{name}"') == launches
     assert not [line for line in text.splitlines() if "dynamic_slice" in line and "ui8>" in line]

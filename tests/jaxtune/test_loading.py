@@ -26,7 +26,9 @@ from convert.gguf import open_gguf
 from jaxtune import assemble, loading
 from jaxtune.config import ModelConfig
 from jaxtune.errors import UserError
+from jaxtune.structure import frozen_structure
 from pallas_kernels import nf4
+from pallas_kernels.cross_entropy import quantize_head
 from pallas_kernels.nf4 import NF4Tensor
 
 LAYERS = 3
@@ -103,6 +105,27 @@ def test_linears_are_quantised_on_arrival(tmp_path: Path, dtype: Any, double_qua
             assert leaf.dtype == dtype
             np.testing.assert_array_equal(leaf, rounded)
     assert tree["layers"]["mlp"]["up_proj"]["kernel"].stack_shape == (LAYERS,)
+
+
+def test_heads_in_fewer_bits(tmp_path: Path) -> None:
+    head = save_llama(tmp_path / "own", "float32", hidden_size=64)["lm_head.weight"].astype(jnp.bfloat16)
+    for form, expected in (("nf4", nf4.quantize(head)), ("int8", quantize_head(head))):
+        config = ModelConfig(str(tmp_path / "own"), head=form)
+        model = loading.load_model(config, jnp.dtype(jnp.bfloat16))
+        got = model.frozen["lm_head"]["kernel"]
+        assert jax.tree.structure(got) == jax.tree.structure(expected)
+        jax.tree.map(np.testing.assert_array_equal, got, expected)
+        assert model.frozen["embed_tokens"]["embedding"].dtype == jnp.bfloat16
+        planned = frozen_structure(model.hf_config, config, jnp.bfloat16)
+        found = jax.eval_shape(lambda tree: tree, model.frozen)
+        assert jax.tree.structure(planned) == jax.tree.structure(found)
+        assert jax.tree.leaves(planned) == jax.tree.leaves(found)
+    save_llama(tmp_path / "tied", hidden_size=64, tie_word_embeddings=True)
+    with pytest.raises(UserError, match=r"model\.head is int8, but this model's head is its embedding table"):
+        load(tmp_path / "tied", head="int8")
+    save_llama(tmp_path / "narrow")
+    with pytest.raises(UserError, match="rows of 24 weights are not whole blocks of 64"):
+        load(tmp_path / "narrow", head="nf4")
 
 
 def test_quantising_on_a_gpu_takes_the_device_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

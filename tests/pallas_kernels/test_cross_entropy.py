@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -10,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels._triton import interpreted
+from pallas_kernels.cross_entropy import decoded_head, head_logits, linear_cross_entropy, quantize_head
 from pallas_kernels.cross_entropy import head as head_module
-from pallas_kernels.cross_entropy import linear_cross_entropy, quantize_head
 from pallas_kernels.cross_entropy import xla as cross_entropy_xla
 from pallas_kernels.cross_entropy.api import chunk_tokens
 from pallas_kernels.cross_entropy.reference import linear_cross_entropy_reference
@@ -262,3 +264,27 @@ def test_packed_heads_that_do_not_fit_are_refused() -> None:
     for small in (quantize(jnp.ones((V, 64))), quantize_head(jnp.ones((V, D)))):
         with pytest.raises(ValueError, match="has no gradient; train a dense head"):
             linear_cross_entropy(hidden, small, targets, weights, train_head=True)
+
+
+@pytest.mark.parametrize("rows", [1, 5, 70])
+@pytest.mark.parametrize("implementation", ["triton", "xla", None])
+def test_logits_of_a_packed_head_are_float32(rows: int, implementation: str | None) -> None:
+    rng = np.random.default_rng(rows)
+    hidden = jnp.asarray(rng.normal(size=(1, rows, 128)), jnp.bfloat16)
+    head = quantize(jnp.asarray(rng.normal(size=(301, 128)), jnp.bfloat16))
+    weight = np.asarray(dequantize(dataclasses.replace(head, dtype="float32")), np.float64)
+    truth = np.asarray(hidden, np.float64) @ weight.T
+    own = np.linalg.norm(np.asarray(head_logits(hidden, dequantize(head)), np.float64) - truth)
+    with interpreted():
+        if implementation == "triton" and rows > 64:
+            with pytest.raises(NotImplementedError, match="70 rows of bfloat16 are too many"):
+                head_logits(hidden, head, "triton")
+            return
+        values = head_logits(hidden, head, implementation)
+    assert np.any(values != values.astype(jnp.bfloat16))
+    # As for any product with a packed weight: what rounding it to bfloat16 promises (test_nf4_matmul_sizes.py).
+    limit = max(1.5 * own, 2.0**-8 * np.linalg.norm(truth))
+    assert np.linalg.norm(np.asarray(values, np.float64) - truth) <= limit
+    small = quantize_head(dequantize(head))
+    eight = head_logits(hidden, small)
+    np.testing.assert_allclose(eight, head_logits(hidden, decoded_head(small, jnp.bfloat16)), rtol=1e-5, atol=1e-4)
