@@ -166,7 +166,10 @@ def judge(seen: list[Seen], config: RunConfig, written: int) -> list[str]:
     first, last = (statistics.fmean(part) for part in (losses[:tenth], losses[-tenth:]))
     in_steps, by_save = host_growth(after, config.output.save_steps or steps)
     once, later = sum(by_save[:1]), sum(by_save[1:])
-    held_out = [r["eval_loss"] for r in read_metrics(run / "metrics.jsonl") if "eval_loss" in r]
+    records = read_metrics(run / "metrics.jsonl")
+    held_out = [r["eval_loss"] for r in records if "eval_loss" in r]
+    timed = [r for r in records if r.get("step", 0) > WARM_UP and "input_seconds" in r]
+    seconds = [statistics.median(r[name] for r in timed) for name in ("step_seconds", "input_seconds")]
     print(f"steps {len(seen)}, compiled after step {after[0].step}: {compiled}")
     print(
         f"host memory {after[-1].host / 2**20:,.0f} MiB at the last step: steps added {in_steps / 2**20:.1f} MiB, the "
@@ -175,6 +178,7 @@ def judge(seen: list[Seen], config: RunConfig, written: int) -> list[str]:
     )
     counted = f"{halves[0]:,} bytes, then {halves[1]:,}; at most {max(devices):,}" if devices[0] else "not counted"
     print(f"device memory after step {after[0].step}: {counted}")
+    print(f"a step of {1e3 * seconds[0]:.1f} ms, of which {1e6 * seconds[1]:.0f} us for the next batch (medians)")
     print(f"loss {first:.4f} -> {last:.4f}, held-out {held_out}")
     problems = [
         (compiled == 0, f"{compiled} programs were compiled in the loop"),
