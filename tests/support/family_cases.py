@@ -89,7 +89,7 @@ FORMS: dict[str, Case] = {
     "Llama, dynamic rope, old config": Case("llama", _DYNAMIC, old=True, tokens=150),
     "Llama, yarn rope": Case("llama", _YARN, tokens=150),
     "Mistral without a window": Case("mistral", {"sliding_window": None}),
-    "Mistral, old config": Case("mistral", old=True),
+    "Mistral, another theta, old config": Case("mistral", _rope("default", 300000.0), old=True),
     "Qwen2, windows in the upper layers": Case("qwen2", _UPPER_WINDOWS | {"tie_word_embeddings": True}),
     "Qwen2, windows, old config": Case("qwen2", _UPPER_WINDOWS, old=True),
     "Qwen2, yarn rope, old config": Case("qwen2", _YARN, old=True, tokens=150),
