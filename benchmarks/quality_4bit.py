@@ -6,7 +6,8 @@
 Each run is what `python -m jaxtune.train` does, in a process of its own; --eval-fraction of the records is held out,
 the same for all. Afterwards the loss on them is known, and --answers of them are answered greedily and compared with
 the records' own (ROUGE-L, exact match, in percent). The seed is that of the order of the data and of the adapter's
-start. The difference is taken seed by seed, and stands with the standard error of its mean.
+start. The difference is taken seed by seed, and stands with the standard error of its mean. `input_percent` of a step
+is the time in which the host gets the next batch and sends it, while the device computes.
 """
 
 from __future__ import annotations
@@ -68,9 +69,15 @@ def measure(config: RunConfig, options: argparse.Namespace) -> dict[str, float]:
     """Train, and answer held-out questions with the adapter."""
     started = time.perf_counter()
     outcome = run(config)
-    before = next(record for record in read_metrics(Path(config.output.dir) / "metrics.jsonl") if "eval_loss" in record)
+    records = read_metrics(Path(config.output.dir) / "metrics.jsonl")
+    before = next(record for record in records if "eval_loss" in record)
+    # The first steps warm up.
+    steps = [record for record in records if "loss" in record][len(records) // 10 :]
     assert outcome.eval_loss is not None
     values = {"eval_loss_before": before["eval_loss"], "eval_loss": outcome.eval_loss}
+    seconds, waited = (sum(record[name] for record in steps) for name in ("step_seconds", "input_seconds"))
+    values |= {"tokens_per_s": statistics.median(record["tokens_per_second"] for record in steps)}
+    values |= {"input_percent": 100 * waited / seconds}
     text = load_text_generator(config.model, outcome.adapter)
     asked = questions(build(config.data, text.tokenizer, "eval"), options.answers)
     answer = options.answer_batch, options.answer_tokens
