@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import jax
 
-from jaxtune.config import MeshConfig, ModelConfig, TrainConfig
+from jaxtune.config import MeshConfig, ModelConfig, RunConfig, TrainConfig
 from jaxtune.data.dataset import Dataset
 from jaxtune.data.loader import Loader
 from jaxtune.devices import Device
@@ -59,6 +59,17 @@ def check_compute(settings: TrainConfig, device: Device) -> str | None:
     raise UserError(
         f"train.compute is {settings.compute}, but {device.kind} has compute capability {device.capability}, and "
         "products in 8 bits came with 8.9 (Ada) and 9.0 (Hopper); set train.compute to dtype"
+    )
+
+
+def in_any_order(config: RunConfig, decoder: DecoderConfig, device: Device) -> str | None:
+    """What to say of a run whose attention is cuDNN's, and so adds up gradients as they come."""
+    cudnn = (device.capability or 0.0) >= 8.0 and not config.data.packing and decoder.attention_cap is None
+    if config.train.deterministic or not cudnn:
+        return None
+    return (
+        "attention of whole rows adds up gradients in any order, which is faster: another run may differ in rounding "
+        "(train.deterministic: true repeats to the bit)"
     )
 
 

@@ -46,7 +46,14 @@ from jaxtune.metrics import MetricsWriter, Progress, format_bytes, host_peak_rss
 from jaxtune.nonfinite import NonfiniteUpdates, trace
 from jaxtune.optim import make_optimizer, make_schedule
 from jaxtune.planning import check_plan, with_mesh
-from jaxtune.preflight import check_compute, check_devices, check_embedding, check_vocabulary, count_steps
+from jaxtune.preflight import (
+    check_compute,
+    check_devices,
+    check_embedding,
+    check_vocabulary,
+    count_steps,
+    in_any_order,
+)
 from jaxtune.processes import check_same, everywhere, is_first, joined, largest, own_copy, whole
 from jaxtune.report import write_report
 from jaxtune.run_directory import Resume, RunDirectory
@@ -147,8 +154,9 @@ def fit(
     check_vocabulary([train_data, *held_out_sets.values()], prompts, decoder)
     check_embedding(config.model, decoder)
     fp8_linears(settings, decoder)
-    if (said := check_compute(settings, this_device())) is not None:
-        progress.note(said)
+    for said in (check_compute(settings, this_device()), in_any_order(config, decoder, this_device())):
+        if said is not None:
+            progress.note(said)
     described = describe_all({"train": train_data, **held_out_sets})
     for text in described:
         progress.note(text)

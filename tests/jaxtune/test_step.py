@@ -14,10 +14,12 @@ from tiny import accumulated, decoder_config, frozen_tree, lora_tree, packed_bat
 import jaxtune.step
 from jaxtune.config import DataConfig, LoraConfig, ModelConfig, OutputConfig, RunConfig, TrainConfig
 from jaxtune.config_io import fingerprint
+from jaxtune.devices import sheet
 from jaxtune.host_embedding import HostEmbedding
 from jaxtune.linear import Adaptation
 from jaxtune.lora import init_lora
 from jaxtune.optim import adamw_8bit
+from jaxtune.preflight import in_any_order
 from jaxtune.step import (
     StepConfig,
     TrainState,
@@ -127,6 +129,14 @@ def test_what_does_not_repeat_on_a_gpu_is_left_out_where_the_run_says_so() -> No
         assert options is not None
         assert options.get(flag) is expected
         assert jaxtune.step._compiler_options(settings, "cpu") is None
+    capped, packed = dataclasses.replace(DECODER, attention_cap=50.0), DataConfig("data", packing=True)
+    whole = dataclasses.replace(plain, data=DataConfig("data", packing=False))
+    said = in_any_order(whole, DECODER, sheet("h200"))
+    assert said is not None
+    assert "train.deterministic: true repeats to the bit" in said
+    others = (dataclasses.replace(whole, train=same.train), dataclasses.replace(plain, data=packed))
+    assert [in_any_order(run, DECODER, sheet("h200")) for run in others] == [None, None]
+    assert in_any_order(whole, capped, sheet("h200")) is in_any_order(whole, DECODER, sheet("t4")) is None
     # It moves sums by rounding only: a run may be continued with it.
     assert fingerprint(plain) == fingerprint(same)
 
