@@ -75,6 +75,7 @@ class LoraConfig:
     lora_dropout: probability, on the adapter's input. target_modules: any subset of the seven linears.
     use_rslora: divide by the root of r instead of r (arXiv:2312.03732).
     dtype: dtype that A and B are stored and updated in. seed: of A's initial values; B starts at zero.
+    start_from: directory of a PEFT adapter to train further, of which the settings above must be; None for a new one.
     """
 
     r: int = 16
@@ -84,6 +85,7 @@ class LoraConfig:
     use_rslora: bool = False
     dtype: Literal["fp32", "bf16"] = "fp32"
     seed: int = 3407
+    start_from: str | None = None
 
     def __post_init__(self) -> None:
         check_types("lora", self)

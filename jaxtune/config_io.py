@@ -239,6 +239,9 @@ def check_files(config: RunConfig) -> None:
     for key, source in [*named, *(("data.eval", source) for source in config.data.eval_sets.values())]:
         if (path := local_path(source)) and not os.path.exists(path):
             raise UserError(_absent(key, path))
+    start = config.lora.start_from
+    if start is not None and not (adapter := Path(start).expanduser()).is_dir():
+        raise UserError(_absent("lora.start_from", adapter))
     output = Path(config.output.dir).expanduser()
     if os.path.exists(output) and not output.is_dir():
         raise UserError(f"output.dir is {output}, which is a file; name a directory")

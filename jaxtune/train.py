@@ -58,6 +58,7 @@ from jaxtune.processes import check_same, everywhere, is_first, joined, largest,
 from jaxtune.report import write_report
 from jaxtune.run_directory import Resume, RunDirectory
 from jaxtune.samples import answer, encode_prompt
+from jaxtune.start import start_from
 from jaxtune.step import (
     init_state,
     jit_eval_step,
@@ -114,13 +115,13 @@ def train(config: RunConfig, *, resume: Resume = False, progress: Progress) -> O
     check_limit(config.train.memory_limit)
     with RunDirectory(config, resume) as directory:
         with progress.phase("find the model"):
-            base = find_base(config.model)
+            base, lora = start_from(config.lora, find_base(config.model))
         if config.mesh.auto:
             config, reason = with_mesh(config, read_hf_config(base.source), this_device(), jax.device_count())
             progress.note(reason)
         with progress.phase("encode the data"):
             train_data, eval_data = build(config.data, base.tokenizer), eval_sets(config.data, base.tokenizer)
-        return fit(config, base, train_data, eval_data, directory=directory, progress=progress)
+        return fit(config, base, train_data, eval_data, lora=lora, directory=directory, progress=progress)
 
 
 def fit(

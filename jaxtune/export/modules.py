@@ -36,7 +36,10 @@ def adapted_base(base: BaseModel, adapter: str | Path) -> BaseModel:
         digest.update(name.encode() + np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data)
 
     def load(place: Any = None) -> Any:
-        assert place is None, "who trains an adapter further has its base model on the device already"
+        if place is not None:
+            raise NotImplementedError(
+                f"adapter {adapter}: its whole tensors (modules_to_save) are not cut over a mesh; train on one device"
+            )
         return with_modules(base.load(), modules, before, hf_config, base.dtype)
 
     return dataclasses.replace(

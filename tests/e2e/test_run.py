@@ -214,3 +214,27 @@ def test_settings_run(sections: dict[str, dict[str, Any]], tmp_path: Path, write
         wanted.use_rslora,
         wanted.target_modules,
     )
+
+
+def test_an_adapter_is_trained_further(tmp_path: Path, write_run: WriteRun, run_main: Main) -> None:
+    few = FEW | {"lora": FEW["lora"] | {"lora_dropout": 0.0}}
+    status, err = run_main("--config", write_run(**few))
+    assert status == 0, err
+    first = tmp_path / "out"
+    config = write_run(
+        **few | {"lora": few["lora"] | {"start_from": str(first / "adapter")}, "output": {"dir": str(tmp_path / "on")}}
+    )
+    for wrong, said in (("lora.r=8", "set lora.r to 48"), ("lora.target_modules=[q_proj]", "[v_proj, down_proj]")):
+        status, err = run_main("--config", config, "--set", wrong)
+        assert (status, said in err) == (2, True), err
+    status, err = run_main("--config", config, "--set", f"lora.start_from={tmp_path / 'nowhere'}")
+    assert status == 2
+    assert "lora.start_from" in err
+    status, err = run_main("--config", config)
+    assert status == 0, err
+    before, after = (
+        [record["eval_loss"] for record in read_metrics(run / "metrics.jsonl") if "eval_loss" in record]
+        for run in (first, tmp_path / "on")
+    )
+    assert after[0] == pytest.approx(before[-1], rel=1e-6)
+    assert after[-1] < after[0]
