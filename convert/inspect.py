@@ -43,7 +43,7 @@ def inspect(path: str | os.PathLike[str]) -> str:
     for load in {load.slot.name: load for load in checkpoint.loads}.values():
         kind = "linears" if load.slot.is_linear else load.slot.path[0 if load.slot.layer is None else -2]
         dtype = _dtype(checkpoint, load.slot.name, load.is_packed)
-        stored[kind, dtype] += sum(checkpoint.infos[name].nbytes for name in load.sources)
+        stored[kind, dtype] += sum(_stored_bytes(checkpoint, name) for name in load.sources)
         count[kind, dtype] += 1
     lines += [
         f"  {kind}: {count[kind, dtype]} in {dtype}, {_size(size)}" for (kind, dtype), size in sorted(stored.items())
@@ -63,6 +63,10 @@ def _dtype(checkpoint: Checkpoint, name: str, packed: bool) -> str:
     if checkpoint.gguf is not None:
         return checkpoint.gguf.tensors[name].type.name
     return "nf4" if packed else checkpoint.infos[name].dtype.name
+
+
+def _stored_bytes(checkpoint: Checkpoint, name: str) -> int:
+    return checkpoint.infos[name].nbytes if checkpoint.gguf is None else checkpoint.gguf.tensors[name].stored_bytes
 
 
 def _plan(checkpoint: Checkpoint) -> str:

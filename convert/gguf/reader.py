@@ -32,9 +32,10 @@ _DENSE = {
 
 @dataclass(frozen=True)
 class GgufTensorInfo(TensorInfo):
-    """What `GgufFile.read` returns of one tensor, dtype and shape, and `type`: how the file holds it."""
+    """What `GgufFile.read` returns of one tensor, dtype and shape; `type` and `stored_bytes`: how the file holds it."""
 
     type: GGMLQuantizationType
+    stored_bytes: int
 
 
 class GgufFile:
@@ -61,12 +62,16 @@ class GgufFile:
             self._mapped = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
         metadata, raw = parse_header(memoryview(self._mapped), self.path)
         self.metadata = Metadata(metadata, self.path)
+        if (kind := self.metadata.get("general.type", "model")) != "model":
+            raise ValueError(
+                f"{self.path}: it is no model (general.type is {str(kind)[:80]!r}); name a model's GGUF file"
+            )
         check_architecture(self.metadata)
         architecture = self.metadata.architecture
         self._factors = {word: raw.pop(name) for name, word in FACTORS.items() if name in raw}
         self._raw = {_checked_name(name, tensor, architecture, self.path): tensor for name, tensor in raw.items()}
         self.tensors = {
-            name: GgufTensorInfo(self._dtype(name, tensor), tensor.shape, tensor.type)
+            name: GgufTensorInfo(self._dtype(name, tensor), tensor.shape, tensor.type, tensor.nbytes)
             for name, tensor in self._raw.items()
         }
 
