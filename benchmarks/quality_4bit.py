@@ -86,22 +86,23 @@ def measure(config: RunConfig, options: argparse.Namespace) -> dict[str, float]:
 
 
 def in_a_process(options: argparse.Namespace, base: str, seed: int) -> dict[str, Any]:
-    """The row of one run, whose output goes to a file beside --out; or what became of it."""
-    log = options.out.with_suffix(f".{base}-{seed}.log")
+    """The row of one run; or why there is none, with the end of what the run has said."""
     # As the train command has it; else the first process would take three quarters of the card.
     environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-    with tempfile.TemporaryDirectory() as directory, log.open("w") as output:
-        row = Path(directory) / "row.json"
+    about = {"base": base, "seed": seed}
+    with tempfile.TemporaryDirectory() as directory:
+        row, log = Path(directory) / "row.json", Path(directory) / "log.txt"
         command = [sys.executable, *sys.argv, "--run", base, str(seed), str(row)]
-        try:
-            done = subprocess.run(
-                command, stdout=output, stderr=output, check=False, env=environment, timeout=options.seconds
-            )
-        except subprocess.TimeoutExpired:
-            return {"base": base, "seed": seed, "failed": f"longer than {options.seconds:.0f} s"}
-        if done.returncode != 0:
-            return {"base": base, "seed": seed, "failed": log.read_text()[-400:]}
-        return {"base": base, "seed": seed, **json.loads(row.read_text())}
+        with log.open("w") as output:
+            try:
+                status: object = subprocess.run(
+                    command, stdout=output, stderr=output, check=False, env=environment, timeout=options.seconds
+                ).returncode
+            except subprocess.TimeoutExpired:
+                status = f"longer than {options.seconds:.0f} s"
+        if status != 0:
+            return about | {"failed": status, "log": log.read_text(errors="replace")[-1500:]}
+        return about | json.loads(row.read_text())
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
