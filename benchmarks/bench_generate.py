@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import collections
 import dataclasses
+import functools
 import json
 import os
 import statistics
@@ -97,13 +98,17 @@ def _centred(leaf: Any) -> Any:
     return dataclasses.replace(leaf, nested_absmax=signs[0], nested_offset=signs[1])
 
 
-def check(generator: Generator, prompt: list[int], answer: list[int]) -> float:
-    """How far the tokens' logits lie below the best ones of the whole model run without a cache, at most, in units of
-    the logits' standard deviation: 0 but for near ties, which rounding decides."""
+def check(generator: Generator, prompt: list[int], answer: list[int]) -> tuple[float, float]:
+    """How far the tokens' logits lie below the best ones of the whole model run without a cache in float32, at most,
+    and how far they may; both in units of the logits' standard deviation.
+
+    The first is 0 but for near ties, which rounding decides: a logit may be off by 1.5 times what the whole model's own
+    in the dtype of generation are off by, at the worst of its tokens, and two of them decide.
+    """
     tokens = jnp.asarray([prompt + answer[:-1]], jnp.int32)
 
-    @jax.jit
-    def whole(frozen: Any, lora: Any) -> Any:
+    @functools.partial(jax.jit, static_argnums=2)
+    def whole(frozen: Any, lora: Any, dtype: Any) -> Any:
         hidden, _ = hidden_states(
             frozen,
             lora,
@@ -112,13 +117,15 @@ def check(generator: Generator, prompt: list[int], answer: list[int]) -> float:
             None,
             generator.decoder,
             generator.adaptation,
-            dtype=generator.dtype,
+            dtype=dtype,
         )
         return logits(frozen, hidden[:, len(prompt) - 1 :], generator.decoder)[0]
 
-    values = np.asarray(whole(generator.frozen, generator.lora))
-    chosen = values[np.arange(len(answer)), answer]
-    return float(np.max((values.max(axis=1) - chosen) / values.std(axis=1)))
+    true, rounded = (np.asarray(whole(generator.frozen, generator.lora, d)) for d in (jnp.float32, generator.dtype))
+    chosen = true[np.arange(len(answer)), answer]
+    deviations = true.std(axis=1)
+    below = (true.max(axis=1) - chosen) / deviations
+    return float(below.max()), 2 * 1.5 * float((np.abs(rounded - true).max(axis=1) / deviations).max())
 
 
 def progress(text: str, since: float) -> None:
@@ -164,11 +171,15 @@ def measure(name: str, parts: Sequence[str], options: argparse.Namespace) -> dic
     row: dict[str, Any] = {"case": name, **dataclasses.asdict(case), "unroll": options.unroll}
     row["answer"] = answer[:CHECKED]
     if "check" in parts:
-        off = check(generator, prompts[0], answer[:CHECKED])
+        off, allowed = check(generator, prompts[0], answer[:CHECKED])
         progress(f"{name}: checked", begun)
-        row |= {"first_generation_s": first_generation, "off_best_logit": round(off, 4)}
-        # Of bfloat16's rounding through all layers; a wrong cache or position is off by whole deviations.
-        if not off < 0.2:
+        row |= {
+            "first_generation_s": first_generation,
+            "off_best_logit": round(off, 4),
+            "may_be_off": round(allowed, 4),
+        }
+        # A wrong cache or position is off by whole deviations; where rounding alone is, nothing can be told.
+        if not off <= min(allowed + 1e-3, 1.0):
             return row | {"failed": "the tokens are not those of the whole model"}
     if "time" not in parts:
         return row

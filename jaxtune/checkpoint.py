@@ -31,6 +31,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtune.config import RunConfig
 from jaxtune.config_io import determining, diff, fingerprint, from_dict, to_dict
 from jaxtune.errors import UserError
+from jaxtune.memory import give_back_freed
 from jaxtune.processes import agreed, is_first, several, together
 
 _TEMPORARY = ".tmp-"
@@ -95,6 +96,8 @@ class Checkpoints:
             with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
                 tree = unflatten_dict(host, sep="/")
                 checkpointer.save(temporary / "state", args=ocp.args.StandardSave(tree))
+            del host, tree
+            give_back_freed()
             if not is_first():
                 return path
             record: dict[str, Any] = {"step": step, "meta": dict(meta), "leaves": leaves, "key_impls": key_impls}

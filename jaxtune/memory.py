@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -25,6 +26,16 @@ def device_peak() -> int | None:
     """The allocator's peak of the first device, in bytes; None where the device keeps no such count (a CPU)."""
     stats = jax.local_devices()[0].memory_stats()
     return stats.get("peak_bytes_in_use") if stats else None
+
+
+def give_back_freed() -> None:
+    """Give what this process has freed back to the system, where the C library keeps it (glibc).
+
+    It keeps a heap for each of many threads, and what a large save has passed through them stays in them, gigabytes on
+    a machine of many cores.
+    """
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def device_limit(config: RunConfig) -> int | None:

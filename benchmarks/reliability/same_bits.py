@@ -40,7 +40,8 @@ RUNS = {"first": "compiled", "with its programs": "compiled", "compiled anew": "
 def start(directory: Path, run: str) -> subprocess.Popen[str]:
     """One of the runs, in a process of its own."""
     command = [sys.executable, __file__, "--directory", str(directory), "--run", run]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
