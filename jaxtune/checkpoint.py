@@ -156,7 +156,7 @@ class Checkpoints:
                 raise ValueError("it has changed since it was written")
         except UserError:
             raise
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise CorruptCheckpointError(f"the checkpoint {path} is damaged: meta.json: {error}") from error
         return record
 

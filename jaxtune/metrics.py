@@ -107,7 +107,7 @@ def _records(path: Path) -> Iterator[tuple[dict[str, Any], bytes]]:
         try:
             record = json.loads(line)
             int(record["step"])
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             if number == len(lines):
                 return
             raise UserError(f"{path}, line {number} is no record of metrics: {error}; repair or remove it") from error

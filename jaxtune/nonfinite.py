@@ -23,7 +23,7 @@ from jaxtune.checkpoint import Checkpoints
 from jaxtune.errors import UserError
 from jaxtune.metrics import read_metrics
 from jaxtune.parts import AXES
-from jaxtune.processes import agreed, is_first, several
+from jaxtune.processes import agreed, is_first, largest_each, several
 from jaxtune.step import StepConfig, TrainState, batch_loss, batch_spec
 
 # Updates passed over one after another, at which a run stops all the same; batches that are kept.
@@ -51,10 +51,11 @@ class NonfiniteUpdates:
     """What a run does about updates that are not finite."""
 
     def __init__(
-        self, policy: Literal["stop", "skip"], run: Path, trace: Callable[[HostBatch, TrainState], Traced]
+        self, policy: Literal["stop", "skip"], run: Path, trace: Callable[[HostBatch, TrainState], Traced], place: Place
     ) -> None:
-        """policy: `train.on_nonfinite`. run: its directory. trace: `trace` for the run's weights."""
-        self.policy, self.run, self._trace = policy, run, trace
+        """policy: `train.on_nonfinite`. run: its directory. trace: `trace` for the run's weights. place: puts a batch
+        on the devices."""
+        self.policy, self.run, self._trace, self._place = policy, run, trace, place
         metrics = run / "metrics.jsonl"
         self._in_a_row = agreed(skips_at_the_end(read_metrics(metrics)) if metrics.is_file() and is_first() else 0)
 
@@ -74,18 +75,14 @@ class NonfiniteUpdates:
             self._in_a_row = 0
             return None
         self._in_a_row += 1
-        happened = f"step {step}: {' and '.join(bad)} not finite"
-        if several():
-            # Each process has rows of its own, and none the batch.
-            happened += "; the update is not applied, and in a run of several processes not traced"
-        else:
-            where = self._trace(batch, state).where
-            meta = {"values": {name: str(values[name]) for name in bad}, "where": where}
-            keep_batch(self.run, step, batch, state, meta)
-            happened += (
-                f", first {where}; the update is not applied. "
-                f"`python -m jaxtune.replay --run {self.run} --step {step}` runs the batch again"
-            )
+        where = self._trace(batch, state).where
+        meta = {"values": {name: str(values[name]) for name in bad}, "where": where}
+        # Of several processes each has rows of its own, and writes these.
+        keep_batch(self.run, step, self._place(batch) if several() else batch, state, meta)
+        happened = (
+            f"step {step}: {' and '.join(bad)} not finite, first {where}; the update is not applied. "
+            f"`python -m jaxtune.replay --run {self.run} --step {step}` runs the batch again"
+        )
         if self.policy == "stop":
             raise UserError(
                 f"{happened}. Lower train.learning_rate, or continue without such batches: --resume auto --set "
@@ -112,7 +109,7 @@ def skips_at_the_end(records: list[dict[str, Any]]) -> int:
     return len(updates) - 1 - finite[-1] if finite else len(updates)
 
 
-def keep_batch(run: Path, step: int, batch: HostBatch, state: TrainState, meta: Mapping[str, Any]) -> None:
+def keep_batch(run: Path, step: int, batch: Any, state: TrainState, meta: Mapping[str, Any]) -> None:
     """Write what running an update again takes to `nonfinite/STEP` in the run's directory; the last few are kept."""
     Checkpoints(run / "nonfinite", keep_last=KEPT).save(step, replayable(batch, state), meta)
 
@@ -143,11 +140,11 @@ def trace(
     count = len(batch["tokens"])
     for index in range(count):
         micro = place({name: values[index : index + 1] for name, values in batch.items()})
-        micro_key = jax.random.key_data(jax.random.fold_in(key, index))
+        micro_key = np.asarray(jax.random.key_data(jax.random.fold_in(key, index)))
         seen.clear()
         losses.append(float(forward(state.lora, frozen, micro, micro_key)))
         jax.effects_barrier()
-        sizes.append(np.asarray([seen[place] for place in range(config.decoder.num_layers + 1)]))
+        sizes.append(largest_each(np.asarray([seen[place] for place in range(config.decoder.num_layers + 1)])))
         found = _forward_place(sizes[-1], losses[-1])
         if found is None and where is None:
             found = _backward_place(jax.device_get(backward(state.lora, frozen, micro, micro_key)))
@@ -174,7 +171,7 @@ def _programs(config: StepConfig, mesh: Mesh, seen: dict[int, float]) -> tuple[C
 
         return observed
 
-    def loss(lora: Any, frozen: Any, batch: Any, key: Array, **options: Any) -> Array:
+    def loss(lora: Any, frozen: Any, batch: Any, key: Any, **options: Any) -> Array:
         rows = jax.tree.map(lambda x: x[0], dict(batch))
         dropout = jax.random.wrap_key_data(key) if config.adaptation.dropout_rate > 0 else None
         return batch_loss(lora, frozen, rows, config, dropout, **options)

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.multihost_utils import broadcast_one_to_all
+from jax.experimental.multihost_utils import broadcast_one_to_all, process_allgather
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -141,6 +141,11 @@ def largest(value: int) -> int:
 def _largest() -> tuple[NamedSharding, Callable[[jax.Array], jax.Array]]:
     mesh = Mesh(np.array(jax.devices()), "every")
     return NamedSharding(mesh, P("every")), jax.jit(jnp.max, out_shardings=NamedSharding(mesh, P()))
+
+
+def largest_each(values: np.ndarray) -> np.ndarray:
+    """Element by element the largest of what the processes give, NaN where one of them has it."""
+    return np.max(process_allgather(values), axis=0) if several() else values
 
 
 def everywhere(true: bool) -> bool:

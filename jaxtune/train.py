@@ -284,7 +284,7 @@ def fit(
                 progress.note(f"held-out loss before training: {eval_loss:.4f}")
         first_eval_loss, tokens, elapsed_total = eval_loss, 0, 0.0
         tracing = partial(trace, frozen=frozen, config=step_config, mesh=mesh, place=place)
-        nonfinite = NonfiniteUpdates(settings.on_nonfinite, directory.path, tracing)
+        nonfinite = NonfiniteUpdates(settings.on_nonfinite, directory.path, tracing, place)
         before = digest(state.lora) if first_step == 0 else None
         progress.start(total_steps, first_step)
         for done in range(first_step + 1, total_steps + 1):

@@ -146,6 +146,12 @@ def test_every_file_is_guarded_and_the_one_before_is_used(tmp_path: Path) -> Non
             with pytest.raises(CorruptCheckpointError, match=rf"checkpoint .*2 is damaged: .*{path.name}"):
                 checkpoints.restore(2, abstract(new))
             path.write_bytes(original)
+    # Deeper than Python reads.
+    (tmp_path / "2" / "meta.json").write_text("[" * 5000 + "]" * 5000)
+    with pytest.raises(CorruptCheckpointError, match=r"checkpoint .*2 is damaged: meta\.json: maximum recursion"):
+        checkpoints.read_meta(2)
+    checkpoints.save(2, new, {})
+    files = sorted(path for path in (tmp_path / "2").rglob("*") if path.is_file())
     damage(files[0], "changed")
     with pytest.warns(UserWarning, match=rf"2 is damaged: .*{files[0].name}.*Falling back to the checkpoint before it"):
         restored, meta = checkpoints.restore_latest(abstract(old))

@@ -143,7 +143,7 @@ def small_state() -> TrainState:
 def test_skips_are_counted_over_a_resume_and_end_the_run(tmp_path: Path) -> None:
     bad, good = {"loss": math.nan, "grad_norm": 1.0}, {"loss": 1.0, "grad_norm": 1.0}
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": "NaN", "skipped": 1}\n')
-    updates = NonfiniteUpdates("skip", tmp_path, lambda batch, state: NAN)
+    updates = NonfiniteUpdates("skip", tmp_path, lambda batch, state: NAN, dict)
     look = partial(updates.met, batch=micro(), state=small_state())
     for step in range(2, MOST_IN_A_ROW):
         assert "first in the output of layer 1; the update is not applied" in str(look(step, bad))
@@ -156,7 +156,7 @@ def test_skips_are_counted_over_a_resume_and_end_the_run(tmp_path: Path) -> None
 
 
 def test_stop_names_the_way_on(tmp_path: Path) -> None:
-    updates = NonfiniteUpdates("stop", tmp_path, lambda batch, state: NAN)
+    updates = NonfiniteUpdates("stop", tmp_path, lambda batch, state: NAN, dict)
     with pytest.raises(UserError, match=r"`python -m jaxtune.replay --run .* --step 3`.*train.on_nonfinite=skip"):
         updates.met(3, {"loss": 1.0, "grad_norm": math.inf}, micro(), small_state())
 

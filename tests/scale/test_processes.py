@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from pathlib import Path
 
@@ -12,11 +13,11 @@ from compared import computed
 from runs import COLOURS, RUN, question, save_model, save_records
 from several import logs_of, start_processes
 
-from jaxtune import train
+from jaxtune import replay, train
 
 
 @pytest.mark.slow
-def test_two_processes_are_as_one(tmp_path: Path) -> None:
+def test_two_processes_are_as_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Two processes; one is killed after its first step; both are started again, and end as one process does."""
     model = tmp_path / "model"
     model.mkdir()
@@ -55,3 +56,19 @@ def test_two_processes_are_as_one(tmp_path: Path) -> None:
     for name in ("loss", "eval_loss", "grad_norm"):
         values = [[record[name] for record in run if name in record] for run in losses]
         np.testing.assert_allclose(values[0], values[1], rtol=1e-5, err_msg=name)
+
+    # An update that is not finite is traced, and its batch kept, each process's rows by itself.
+    broken = tmp_path / "broken"
+    settings = ("train.learning_rate=1e30", "train.max_grad_norm=null", "data.eval=null", f"output.dir={broken}")
+    processes = start_processes(
+        ["--config", str(config), *(part for setting in settings for part in ("--set", setting))], 2, tmp_path
+    )
+    # Both say why; one may hear of the other's end before.
+    assert {process.wait(120) for process in processes} <= {2, 3}, logs_of(tmp_path, 2)
+    where = re.search(r"step 2: loss and grad_norm not finite, first (.*); the update is not", logs_of(tmp_path, 2)[0])
+    assert where is not None, logs_of(tmp_path, 2)
+    capsys.readouterr()
+    assert replay.main(["--run", str(broken)]) == 0
+    shown = capsys.readouterr().out
+    assert f"step 2: loss nan, grad_norm nan, first {where[1]}; now " in shown
+    assert shown.count("\nrow ") == RUN["train"]["batch_size"] * RUN["train"]["gradient_accumulation_steps"]
