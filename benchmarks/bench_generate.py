@@ -28,7 +28,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -54,17 +54,19 @@ LORA = LoraConfig(r=16)
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """batch: prompts at a time. prompt, new: tokens of each, and to make."""
+    """batch: prompts at a time. prompt, new: tokens of each, and to make. head: as `model.head`."""
 
     batch: int
     prompt: int
     new: int
+    head: Literal["dtype", "int8", "nf4"] = "dtype"
 
 
 CASES = {
     "batch-1": Case(1, 64, 256),
     "batch-16": Case(16, 64, 256),
     "prompt-2048": Case(1, 2048, 64),
+    "prompt-2048-nf4-head": Case(1, 2048, 64, "nf4"),
     "batch-16-prompt-2048": Case(16, 2048, 64),
 }
 REPEATS = 3
@@ -73,10 +75,11 @@ EMBEDDING = 8.0
 CHECKED = 24
 
 
-def make_generator(hf_config: dict[str, Any], unroll: bool) -> Generator:
+def make_generator(hf_config: dict[str, Any], case: Case, unroll: bool) -> Generator:
     """The model and its adapter, random, on the device."""
     dtype, decoder = resolve_dtype(), DecoderConfig.from_hf(hf_config)
-    made = random_arrays(frozen_structure(hf_config, ModelConfig("-"), dtype), seed=1, embedding=EMBEDDING)
+    structure = frozen_structure(hf_config, ModelConfig("-", head=case.head), dtype)
+    made = random_arrays(structure, seed=1, embedding=EMBEDDING)
     frozen = jax.tree.map(_centred, made, is_leaf=_is_packed)
     # In the dtype that products take, as `python -m jaxtune.generate` holds it.
     lora = jax.tree.map(
@@ -146,7 +149,7 @@ def measure(name: str, parts: Sequence[str], options: argparse.Namespace) -> dic
     limit_memory(None)
     # XLA's own generator compiles and draws billions of numbers faster.
     jax.config.update("jax_default_prng_impl", "rbg")
-    generator = make_generator(hf_config, options.unroll)
+    generator = make_generator(hf_config, case, options.unroll)
     jax.block_until_ready(generator.frozen)
     progress(f"{name}: weights made", begun)
     rng = np.random.default_rng(7)
