@@ -23,8 +23,8 @@ from jaxtyping import Int
 
 from jaxtune.errors import UserError
 from jaxtune.linear import Adaptation
-from jaxtune.models.attention import Cache
 from jaxtune.models.config import DecoderConfig
+from jaxtune.models.context import Cache, Execution, Past
 from jaxtune.models.decoder import Tree, hidden_states, logits
 from jaxtune.sampling import Sampling, next_tokens
 
@@ -232,10 +232,8 @@ def _forward(
         config,
         adaptation,
         dtype=dtype,
-        unroll=unroll,
-        cache=cache,
-        cache_start=start,
-        cache_first=first,
+        execution=Execution(unroll=unroll),
+        past=Past(cache, start, first),
     )
     assert cache_after is not None
     return cache_after, logits(frozen, hidden[:, -1:], config)[:, 0]

@@ -19,7 +19,8 @@ from jax.sharding import PartitionSpec as P
 from jaxtune.linear import Adaptation, Fp8
 from jaxtune.loss_scale import LossScale
 from jaxtune.models.config import DecoderConfig
-from jaxtune.models.decoder import Tree, Wrap, head_weight, hidden_states
+from jaxtune.models.context import Execution, Wrap
+from jaxtune.models.decoder import Tree, head_weight, hidden_states
 from jaxtune.optim import updated
 from jaxtune.parts import AXES, Parts
 from jaxtune.remat import MLP_CHUNK, OFFLOADED, remat_wrapper
@@ -126,6 +127,9 @@ def batch_loss(
     if config.parts is not None:
         decoder, vocabulary = config.parts.decoder(decoder), config.parts.vocabulary
         frozen = config.parts.local(frozen)
+    execution = Execution(
+        remat if wrap is None else wrap, config.unroll, MLP_CHUNK.get(config.remat), config.parts, config.fp8
+    )
     hidden, _ = hidden_states(
         frozen,
         lora,
@@ -135,13 +139,9 @@ def batch_loss(
         decoder,
         config.adaptation,
         dtype=config.dtype,
+        execution=execution,
         dropout_key=dropout_key,
-        remat=remat if wrap is None else wrap,
-        unroll=config.unroll,
-        mlp_chunk=MLP_CHUNK.get(config.remat),
         embedded=batch.get("embedded"),
-        parts=config.parts,
-        fp8=config.fp8,
     )
     return linear_cross_entropy(
         hidden,

@@ -10,12 +10,10 @@ from jaxtyping import Float
 
 from jaxtune.linear import Linears
 from jaxtune.models.config import DecoderConfig
-from jaxtune.models.context import Context
+from jaxtune.models.context import Cache, Context
 from jaxtune.models.norm import norm
 from pallas_kernels.attention import attention, cached_attention
 from pallas_kernels.rope import rope, split_rope
-
-Cache = dict[str, Array]
 
 
 def self_attention(

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
 from jax import Array
+from jaxtyping import Int
 
 from jaxtune.linear import Adaptation, Fp8
 from jaxtune.parts import Parts
@@ -35,3 +38,42 @@ class Context:
     mlp_chunk: int | None = None
     parts: Parts | None = None
     fp8: Fp8 | None = None
+
+
+Cache: TypeAlias = dict[str, Array]
+Wrap: TypeAlias = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Execution:
+    """How all layers are run: what it takes of time and memory, and with fp8 of exactness.
+
+    remat: wraps a layer so that its activations are recomputed in the backward pass (see jaxtune.remat).
+    unroll: one program for all layers instead of a loop over one layer's: faster where nothing is recomputed, and
+        slower to compile.
+    mlp_chunk: tokens that pass through an MLP at a time; None for all.
+    parts: inside of a `shard_map`, how the trees are cut over its devices; arguments and results are this device's.
+    fp8: which linears are computed in 8 bits; None for none.
+    """
+
+    remat: Wrap | None = None
+    unroll: bool = False
+    mlp_chunk: int | None = None
+    parts: Parts | None = None
+    fp8: Fp8 | None = None
+
+
+PLAIN = Execution()
+
+
+@dataclasses.dataclass(frozen=True)
+class Past:
+    """What came before the tokens at hand, in generation.
+
+    cache: {"k", "v"}: [L, B, S, K, H]; new keys and values are written from index `start` on. first: index of each
+    row's first token in the cache, where rows are padded in front; None where they are not.
+    """
+
+    cache: Cache
+    start: Array | int = 0
+    first: Int[Array, " B"] | None = None

@@ -15,9 +15,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float, Int
 
 from jaxtune.linear import Adaptation, Fp8, Linears, split_key
-from jaxtune.models.attention import Cache, self_attention
+from jaxtune.models.attention import self_attention
 from jaxtune.models.config import DecoderConfig
-from jaxtune.models.context import Context
+from jaxtune.models.context import PLAIN, Cache, Context, Execution, Past
 from jaxtune.models.norm import norm
 from jaxtune.models.rope import document_lengths
 from jaxtune.parts import Parts
@@ -25,7 +25,6 @@ from pallas_kernels.cross_entropy import Head, head_logits
 from pallas_kernels.nf4 import NF4Layer, NF4Tensor
 
 Tree = Mapping[str, Any]
-Wrap = Callable[[Callable[..., Any]], Callable[..., Any]]
 Carry = tuple[Array, Cache | None]
 # What sets layers apart beside their weights: how far their queries see, and what is computed in 8 bits.
 Kind = tuple[int | None, Fp8 | None]
@@ -147,16 +146,10 @@ def hidden_states(
     adaptation: Adaptation,
     *,
     dtype: jnp.dtype,
+    execution: Execution = PLAIN,
     dropout_key: Array | None = None,
-    remat: Wrap | None = None,
-    unroll: bool = False,
-    mlp_chunk: int | None = None,
     embedded: Float[Array, "B T D"] | None = None,
-    parts: Parts | None = None,
-    fp8: Fp8 | None = None,
-    cache: Cache | None = None,
-    cache_start: Array | int = 0,
-    cache_first: Int[Array, " B"] | None = None,
+    past: Past | None = None,
 ) -> tuple[Float[Array, "B T D"], Cache | None]:
     """Run all layers and the final norm.
 
@@ -166,33 +159,18 @@ def hidden_states(
         segment_ids: int32 [B, T], a number per document of a packed row, or None where every row is one document.
         dtype: compute dtype of activations and products.
         dropout_key: of this step; None switches dropout off.
-        remat: wraps a layer so that its activations are recomputed in the backward pass (see jaxtune.remat).
-        unroll: one program for all layers instead of a loop over one layer's: faster where nothing is recomputed, and
-            slower to compile.
-        mlp_chunk: tokens that pass through an MLP at a time; None for all.
         embedded: the tokens' rows of the embedding table, where `frozen` does not hold it.
-        parts: inside of a `shard_map`, how the trees are cut over its devices; arguments and result are this device's.
-        fp8: which linears are computed in 8 bits; None for none.
-        cache: {"k", "v"}: [L, B, S, K, H]; new keys and values are written from index `cache_start` on.
-        cache_first: index of each row's first token in the cache, where rows are padded in front.
+        past: the cache of generation; None in training.
 
     Returns:
-        [B, T, D] ready for the head, and the cache.
+        [B, T, D] ready for the head, and the cache with the new tokens.
     """
-    # In generation all tokens take the angles of a document that fills the cache, whatever is in it by now.
-    lengths = _lengths(positions, segment_ids, parts) if cache is None else jnp.full((1, 1), cache["k"].shape[2])
-
-    def context(window: int | None, fp8: Fp8 | None) -> Context:
-        rope = config.local_rope if window is not None and config.local_rope is not None else config.rope
-        cos, sin = rope.cos_sin(positions, lengths)
-        return Context(cos, sin, segment_ids, cache_start, adaptation, cache_first, window, mlp_chunk, parts, fp8)
-
-    # Layers are alike that see as far and are computed alike.
-    kinds = [
-        (config.windows[i % len(config.windows)], None if fp8 is not None and i in fp8.layers else fp8)
-        for i in range(config.num_layers)
-    ]
-    contexts = {kind: context(*kind) for kind in dict.fromkeys(kinds)}
+    kinds = _kinds(config, execution.fp8)
+    contexts = _contexts(kinds, positions, segment_ids, config, adaptation, execution, past)
+    parts = execution.parts
+    if embedded is None and parts is not None:
+        embedded = parts.embedded(frozen["embed_tokens"]["embedding"], tokens)
+    x = embed(frozen, tokens, config, dtype, embedded)
 
     # The cache is carried: as an input and output of the loop it would exist twice. Weights are picked from their stack
     # inside of what is recomputed: what waits for the backward pass is the stack, and no layer's copy.
@@ -204,23 +182,51 @@ def hidden_states(
         key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
         return block(x, base, adapter, contexts[kind], config, key, cache, index), None
 
-    wrapped = {kind: (remat or _keep_all_but_weights)(partial(layer, kind=kind)) for kind in contexts}
+    wrapped = {kind: (execution.remat or _keep_all_but_weights)(partial(layer, kind=kind)) for kind in contexts}
 
     def pattern(carry: Carry, inputs: Sequence[tuple[Any, Array]], kinds: Sequence[Kind]) -> tuple[Carry, None]:
         for kind, of_layer in zip(kinds, inputs, strict=True):
             carry, _ = wrapped[kind](carry, of_layer)
         return carry, None
 
-    if embedded is None and parts is not None:
-        embedded = parts.embedded(frozen["embed_tokens"]["embedding"], tokens)
-    carry: Carry = embed(frozen, tokens, config, dtype, embedded), cache
+    carry: Carry = x, None if past is None else past.cache
     layers = lora.get("layers", {}), jnp.arange(config.num_layers)
     for start, stop, period in _loops(kinds, len(config.windows)):
         cuts = [slice(first, stop, period) for first in range(start, start + period)]
         patterns = [jax.tree.map(lambda leaf, cut=cut: leaf[cut], layers) for cut in cuts]
-        carry, _ = lax.scan(partial(pattern, kinds=kinds[start : start + period]), carry, patterns, unroll=unroll)
+        in_order = partial(pattern, kinds=kinds[start : start + period])
+        carry, _ = lax.scan(in_order, carry, patterns, unroll=execution.unroll)
     x, cache = carry
     return norm(x, frozen["norm"], config), cache
+
+
+def _kinds(config: DecoderConfig, fp8: Fp8 | None) -> list[Kind]:
+    """Of each layer; layers are alike that see as far and are computed alike."""
+    windows = (config.windows[i % len(config.windows)] for i in range(config.num_layers))
+    return [(window, None if fp8 is not None and i in fp8.layers else fp8) for i, window in enumerate(windows)]
+
+
+def _contexts(
+    kinds: Sequence[Kind],
+    positions: Array,
+    segment_ids: Array | None,
+    config: DecoderConfig,
+    adaptation: Adaptation,
+    execution: Execution,
+    past: Past | None,
+) -> dict[Kind, Context]:
+    """What layers share, for each kind of them."""
+    parts, (start, first) = execution.parts, (0, None) if past is None else (past.start, past.first)
+    # In generation all tokens take the angles of a document that fills the cache, whatever is in it by now.
+    lengths = _lengths(positions, segment_ids, parts) if past is None else jnp.full((1, 1), past.cache["k"].shape[2])
+    contexts = {}
+    for window, fp8 in dict.fromkeys(kinds):
+        rope = config.local_rope if window is not None and config.local_rope is not None else config.rope
+        cos, sin = rope.cos_sin(positions, lengths)
+        contexts[window, fp8] = Context(
+            cos, sin, segment_ids, start, adaptation, first, window, execution.mlp_chunk, parts, fp8
+        )
+    return contexts
 
 
 def _loops(kinds: Sequence[Kind], period: int) -> list[tuple[int, int, int]]:
