@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels._device import lower_for_cuda
+from pallas_kernels._device import assume_capability, lower_for_cuda
+from pallas_kernels._dispatch import record_choices
 from pallas_kernels._triton import interpreted
 from pallas_kernels.fp8_matmul import decode_fp8, fp8_matmul, quantize_rows
 from pallas_kernels.fp8_matmul.reference import (
@@ -161,6 +162,16 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
         fp8_matmul(jnp.ones((2, K)), quantize(jnp.ones((2, N, K))))
     with pytest.raises(ValueError, match="unknown implementation"):
         fp8_matmul(jnp.ones((2, K)), weights(), implementation="cutlass")
+
+
+@pytest.mark.parametrize(("capability", "runs"), [(8.0, False), (8.6, False), (8.9, True), (9.0, True)])
+def test_decoding_kernel_is_refused_where_triton_has_no_e4m3(capability: float, runs: bool) -> None:
+    weight = quantize(jnp.ones((N, K)))
+    with assume_capability(capability), record_choices(trace_as="xla") as choices:
+        jax.eval_shape(lambda: decode_fp8([weight]))
+    (choice,) = choices
+    assert choice.implementation == ("triton" if runs else "xla")
+    assert runs or f"8.9 or newer (Ada), this GPU has {capability}" in dict(choice.refused)["triton"]
 
 
 @pytest.mark.parametrize("shape", [(1024, 4096), (96, 576)])
