@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from adapted import GROUPS, KEY, SCALING, compare, keep_factors, kernels, projections, true_linear
+from adapted import M as ROWS
 
-from pallas_kernels.lora_linear import lora_linear
+from pallas_kernels.lora_linear import Projection, grouped_lora_linear, lora_linear
 from pallas_kernels.lora_linear.reference import lora_linear_reference
 from pallas_kernels.nf4 import dequantize, quantize
 
 M, N, K, R = 23, 37, 70, 5
-SCALING = 1.75
 
 
 def inputs(dtype: jnp.dtype = jnp.float32, bias: bool = True) -> tuple:
@@ -101,6 +104,43 @@ def test_no_gradient_of_a_weights_size_is_made() -> None:
         if eqn.primitive.name == "dot_general" and eqn.outvars[0].aval.shape in ((n, k), (k, n))
     ]
     assert not contractions_over_tokens
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.4])
+@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("implementation", ["xla", "triton"])
+def test_groups_of_packed_layers(implementation: str, group: str, rate: float) -> None:
+    """Ranks from 1 to 512, layers without an adapter, biases, dropout of each layer's own."""
+    k = 192
+    members = projections(0, k, GROUPS[group], bias=True)
+    x = jnp.asarray(np.random.default_rng(1).standard_normal((ROWS, k)), jnp.float32)
+    keep = keep_factors(len(members), k, rate) if rate else None
+
+    def ours(x: Any, members: Any) -> Any:
+        return grouped_lora_linear(
+            x, members, scaling=SCALING, dropout_rate=rate, dropout_key=KEY, implementation=implementation
+        )
+
+    with kernels():
+        compare(ours, lambda x, members: true_linear(x, members, keep), (x, members), 1e-6)
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+def test_few_rows(rows: int) -> None:
+    """One row in float32 lanes, several on tensor cores: against the truth, and against XLA's rounding."""
+    k = 192
+    members = projections(7, k, GROUPS["one without an adapter"], bias=True)
+    x = jnp.asarray(np.random.default_rng(8).standard_normal((rows, k)), jnp.float32 if rows == 1 else jnp.bfloat16)
+
+    def linear(x: Any, members: Any, implementation: str | None = "few_rows") -> Any:
+        return grouped_lora_linear(x, members, scaling=SCALING, implementation=implementation)
+
+    # A result in bf16 is rounded three times: product, adapter's part, sum.
+    with kernels():
+        np.testing.assert_array_equal(linear(x, members), linear(x, members, None))
+        compare(linear, true_linear, (x, members), 1e-6 if rows == 1 else 2 * 2.0**-8)
+    with pytest.raises(NotImplementedError, match="a dense weight has nothing to decode"), kernels():
+        linear(x, [Projection(jnp.ones((4, k)))])
 
 
 def test_stacked_layers_scan_to_the_same_values() -> None:
