@@ -5,15 +5,21 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import math
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import jax
 
 from jaxtune.config import RunConfig
 from jaxtune.config_checks import parse_bytes
 from jaxtune.errors import UserError
-from jaxtune.metrics import format_bytes
+from jaxtune.metrics import Progress, format_bytes
+from jaxtune.processes import everywhere
+
+# Of a run's memory: what a step holds beside weights and state.
+IN_STEP = "activations, gradients and logits"
+
+T = TypeVar("T")
 
 
 def tree_bytes(tree: Any) -> int:
@@ -69,6 +75,32 @@ def out_of_memory(phase: str, components: Mapping[str, int], config: RunConfig) 
             raise
         reason = (str(error).splitlines() or ["the host has no more"])[0]
         raise UserError(_report(f"out of memory: {phase}: {reason}", components, config)) from error
+
+
+def first_that_fits(
+    policies: Sequence[str],
+    lowered: Callable[[str], tuple[T, Any]],
+    memory: dict[str, int],
+    config: RunConfig,
+    progress: Progress,
+) -> tuple[T, Any]:
+    """Compile the step with one policy after another until one fits; its share is added to `memory`.
+
+    lowered: the step with a policy, ready to be compiled, and what it was made with, which is returned beside it.
+
+    Raises:
+        UserError: none fits.
+    """
+    for policy in policies:
+        with progress.phase("compile the step"), out_of_memory("compiling the step", memory, config):
+            step_config, program = lowered(policy)
+            step = program.compile()
+        memory[IN_STEP] = step.memory_analysis().temp_size_in_bytes
+        progress.note(f"one step with remat {policy} holds {format_bytes(memory[IN_STEP])} beside weights and state")
+        if everywhere(fits(memory, config)):
+            break
+    check_fits(memory, config)
+    return step_config, step
 
 
 def _report(what: str, components: Mapping[str, int], config: RunConfig) -> str:

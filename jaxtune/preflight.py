@@ -9,10 +9,12 @@ import jax
 from jaxtune.config import MeshConfig, ModelConfig, RunConfig, TrainConfig
 from jaxtune.data.dataset import Dataset
 from jaxtune.data.loader import Loader
-from jaxtune.devices import Device
+from jaxtune.devices import Device, this_device
 from jaxtune.errors import UserError
+from jaxtune.metrics import Progress
 from jaxtune.models.config import DecoderConfig
 from jaxtune.processes import several
+from jaxtune.structure import fp8_linears
 
 
 def check_devices(mesh: MeshConfig) -> None:
@@ -71,6 +73,26 @@ def in_any_order(config: RunConfig, decoder: DecoderConfig, device: Device) -> s
         "attention of whole rows adds up gradients in any order, which is faster: another run may differ in rounding "
         "(train.deterministic: true repeats to the bit)"
     )
+
+
+def check_model(
+    config: RunConfig,
+    decoder: DecoderConfig,
+    datasets: Sequence[Dataset],
+    prompts: Mapping[str, list[int]],
+    progress: Progress,
+) -> None:
+    """Raise UserError for what this model, data or device cannot do, and say what else the user should know."""
+    check_vocabulary(datasets, prompts, decoder)
+    check_embedding(config.model, decoder)
+    fp8_linears(config.train, decoder)
+    for said in (check_compute(config.train, this_device()), in_any_order(config, decoder, this_device())):
+        if said is not None:
+            progress.note(said)
+    if config.data.max_length > decoder.max_position:
+        progress.note(
+            f"data.max_length {config.data.max_length} is beyond the model's {decoder.max_position} positions"
+        )
 
 
 def count_steps(settings: TrainConfig, loader: Loader) -> int:

@@ -40,33 +40,28 @@ from jaxtune.host_embedding import HostEmbedding
 from jaxtune.launch import Launch
 from jaxtune.loading import read_hf_config
 from jaxtune.lora import count_parameters, init_lora
-from jaxtune.memory import check_fits, device_peak, fits, out_of_memory, tree_bytes
+from jaxtune.memory import IN_STEP, device_peak, first_that_fits, out_of_memory, tree_bytes
 from jaxtune.mesh import check_mesh, own_rows, place_batch, place_frozen, place_state, placing
 from jaxtune.metrics import MetricsWriter, Progress, format_bytes, host_peak_rss, host_rss
 from jaxtune.nonfinite import NonfiniteUpdates, trace
 from jaxtune.optim import make_optimizer, make_schedule
 from jaxtune.planning import check_plan, with_mesh
-from jaxtune.preflight import (
-    check_compute,
-    check_devices,
-    check_embedding,
-    check_vocabulary,
-    count_steps,
-    in_any_order,
-)
-from jaxtune.processes import check_same, everywhere, is_first, joined, largest, own_copy, whole
+from jaxtune.preflight import check_devices, check_model, count_steps
+from jaxtune.processes import check_same, is_first, joined, largest, own_copy, whole
 from jaxtune.report import write_report
 from jaxtune.run_directory import Resume, RunDirectory
 from jaxtune.samples import answer, encode_prompt
 from jaxtune.start import start_from
 from jaxtune.step import (
+    StepConfig,
+    TrainState,
     init_state,
     jit_eval_step,
     jit_train_step,
     make_mesh,
 )
 from jaxtune.stopping import StopRequests
-from jaxtune.structure import fp8_linears, step_settings
+from jaxtune.structure import step_settings
 from jaxtune.trackers import check_installed, open_trackers
 from jaxtune.unchanged import digest, unchanged
 
@@ -152,19 +147,10 @@ def fit(
     held_out_sets = {"eval": eval_data} if isinstance(eval_data, Dataset) else dict(eval_data or {})
     count = settings.eval_answers
     asked = {} if count is None else {name: questions(data, count) for name, data in held_out_sets.items()}
-    check_vocabulary([train_data, *held_out_sets.values()], prompts, decoder)
-    check_embedding(config.model, decoder)
-    fp8_linears(settings, decoder)
-    for said in (check_compute(settings, this_device()), in_any_order(config, decoder, this_device())):
-        if said is not None:
-            progress.note(said)
+    check_model(config, decoder, [train_data, *held_out_sets.values()], prompts, progress)
     described = describe_all({"train": train_data, **held_out_sets})
     for text in described:
         progress.note(text)
-    if config.data.max_length > decoder.max_position:
-        progress.note(
-            f"data.max_length {config.data.max_length} is beyond the model's {decoder.max_position} positions"
-        )
     share = own_rows(mesh, settings.batch_size)
     loader = Loader(train_data, settings.batch_size, settings.gradient_accumulation_steps, settings.seed, share=share)
     total_steps = count_steps(settings, loader)
@@ -176,24 +162,9 @@ def fit(
     state = place_state(state, mesh, paged=settings.is_paged)
     contents = train_data.fingerprint, base.fingerprint, base.dtype.name
     check_same(configuration=fingerprint(config), training_data=train_data.fingerprint, base_model=base.fingerprint)
-    meta, position = run_meta(config, *contents), Position()
-    if directory.resumes:
-        state, meta_then = checkpoints.restore_latest(
-            state, check=lambda meta: check_compatible(meta, config, *contents)
-        )
-        position = Position(**meta_then["data_position"])
-        progress.note(f"resumed after step {int(state.step)}")
-        if meta_then["contents"]["data"] != train_data.fingerprint:
-            position = Position(position.epoch + 1)
-            progress.note(
-                f"the data have changed (data.accept_changed): the place in the data before is given up, and step "
-                f"{int(state.step) + 1} of {total_steps} begins an epoch of these"
-            )
-    elif directory.restarts:
-        progress.note(f"started again: the start before this one left no checkpoint in {directory.path}")
+    meta = run_meta(config, *contents)
+    state, position = _restored(state, config, contents, total_steps, directory, progress)
     first_step = int(state.step)
-    if first_step > total_steps:
-        raise UserError(f"cannot resume: step {first_step} is done, the run has {total_steps}; raise train.max_steps")
 
     # The frozen model, unless it is known beforehand that it is too large.
     plan = check_plan(config, read_hf_config(base.source))
@@ -219,16 +190,13 @@ def fit(
 
     host_batch, after_batch = next(loader.batches(position))
     batch = place(host_batch)
-    for policy in plan.candidates:
-        step_config = dataclasses.replace(step_settings(config, decoder, base.dtype, policy), parts=parts)
-        with progress.phase("compile the step"), out_of_memory("compiling the step", memory, config):
-            jitted: Any = jit_train_step(optimizer, step_config, mesh)
-            step = jitted.lower(state, frozen, batch).compile()
-        memory["activations, gradients and logits"] = step_bytes = step.memory_analysis().temp_size_in_bytes
-        progress.note(f"one step with remat {policy} holds {format_bytes(step_bytes)} beside weights and state")
-        if everywhere(fits(memory, config)):
-            break
-    check_fits(memory, config)
+
+    def lowered(policy: str) -> tuple[StepConfig, Any]:
+        settings_of_step = dataclasses.replace(step_settings(config, decoder, base.dtype, policy), parts=parts)
+        jitted: Any = jit_train_step(optimizer, settings_of_step, mesh)
+        return settings_of_step, jitted.lower(state, frozen, batch)
+
+    step_config, step = first_that_fits(plan.candidates, lowered, memory, config, progress)
     eval_step = jit_eval_step(step_config, mesh)
 
     def evaluate() -> dict[str, float]:
@@ -270,8 +238,16 @@ def fit(
         Prefetch(loader.batches(after_batch)) as batches,
     ):
         seconds = {name.replace(" ", "_") + "_seconds": value for name, value in progress.phases.items()}
-        metrics.write(first_step, **seconds, step_temporary_bytes=step_bytes, frozen_bytes=frozen_bytes, remat=policy)
-        metrics.write(first_step, planned_bytes=plan.memory_of(policy).peak, compiled_bytes=sum(memory.values()))
+        metrics.write(
+            first_step,
+            **seconds,
+            step_temporary_bytes=memory[IN_STEP],
+            frozen_bytes=frozen_bytes,
+            remat=step_config.remat,
+        )
+        metrics.write(
+            first_step, planned_bytes=plan.memory_of(step_config.remat).peak, compiled_bytes=sum(memory.values())
+        )
         metrics.write(first_step, data=described, versions={"device": plan.device.kind, **versions()})
         eval_loss = None
         if first_step == 0:
@@ -336,18 +312,9 @@ def fit(
         save()
 
     # What the run leaves.
-    adapter, lora, best = directory.path / "adapter", whole(state.lora), checkpoints.best() if output.keep_best else []
-    of_best = [(meta, whole(then.lora)) for then, meta in (checkpoints.restore(step, state) for step in best[:1])]
+    adapter, lora = directory.path / "adapter", _save_adapters(state, config, base, directory, progress)
     if not is_first():
         return Outcome(adapter, lora, int(state.step), eval_loss)
-    with directory.replacing("adapter") as temporary:
-        save_peft_adapter(temporary, lora, config.lora, base.source, decoder=base.decoder, modules=base.modules)
-    for meta_then, lora_then in of_best:
-        with directory.replacing("adapter-best") as temporary:
-            save_peft_adapter(
-                temporary, lora_then, config.lora, base.source, decoder=base.decoder, modules=base.modules
-            )
-        progress.note(f"adapter-best: of step {meta_then['step']}, held-out loss {meta_then['eval_loss']:.4f}")
     progress.summary(
         {
             "held-out loss": _change(first_eval_loss, eval_loss),
@@ -359,6 +326,59 @@ def fit(
         }
     )
     return Outcome(adapter, lora, int(state.step), eval_loss)
+
+
+def _restored(
+    state: TrainState,
+    config: RunConfig,
+    contents: tuple[str, str, str],
+    total_steps: int,
+    directory: RunDirectory,
+    progress: Progress,
+) -> tuple[TrainState, Position]:
+    """The state and the place in the data to go on from: the newest checkpoint's, or the beginning.
+
+    contents: as `run_meta` takes them, the training data's fingerprint first.
+    """
+    position = Position()
+    if directory.resumes:
+        state, meta_then = directory.checkpoints.restore_latest(
+            state, check=lambda meta: check_compatible(meta, config, *contents)
+        )
+        position = Position(**meta_then["data_position"])
+        progress.note(f"resumed after step {int(state.step)}")
+        if meta_then["contents"]["data"] != contents[0]:
+            position = Position(position.epoch + 1)
+            progress.note(
+                f"the data have changed (data.accept_changed): the place in the data before is given up, and step "
+                f"{int(state.step) + 1} of {total_steps} begins an epoch of these"
+            )
+    elif directory.restarts:
+        progress.note(f"started again: the start before this one left no checkpoint in {directory.path}")
+    if (done := int(state.step)) > total_steps:
+        raise UserError(f"cannot resume: step {done} is done, the run has {total_steps}; raise train.max_steps")
+    return state, position
+
+
+def _save_adapters(
+    state: TrainState, config: RunConfig, base: BaseModel, directory: RunDirectory, progress: Progress
+) -> Any:
+    """Write the adapter, and with `output.keep_best` the best one, by the first process; the trained tree, whole."""
+    checkpoints = directory.checkpoints
+    lora, best = whole(state.lora), checkpoints.best() if config.output.keep_best else []
+    of_best = [(meta, whole(then.lora)) for then, meta in (checkpoints.restore(step, state) for step in best[:1])]
+    if not is_first():
+        return lora
+
+    def save(name: str, tree: Any) -> None:
+        with directory.replacing(name) as temporary:
+            save_peft_adapter(temporary, tree, config.lora, base.source, decoder=base.decoder, modules=base.modules)
+
+    save("adapter", lora)
+    for meta, tree in of_best:
+        save("adapter-best", tree)
+        progress.note(f"adapter-best: of step {meta['step']}, held-out loss {meta['eval_loss']:.4f}")
+    return lora
 
 
 def _check_eval_loss(step: int, values: Mapping[str, float]) -> None:
