@@ -227,7 +227,11 @@ def glu_cases(s: Shape, device: str, kernels: Any) -> Iterator[Case]:
         if kernels is not None:
             # Its three results are the unit, the gradient of up and that of gate; ours gate before up.
             written = getattr(kernels, f"{backward_named[name]}_kernel")
-            ordered = lambda dh, gate, up, f=written: [f(dh, gate, up)[i] for i in (0, 2, 1)]  # noqa: E731
+
+            def ordered(dh: Any, gate: Any, up: Any, written: Function = written) -> tuple[Any, ...]:
+                h, d_up, d_gate = written(dh, gate, up)
+                return h, d_gate, d_up
+
             functions = {("unsloth", backward_named[name]): ordered}
             yield Case("glu", f"llama-3-8b/{name}", s.tokens, BACKWARD, make_backward, backward, functions, once=True)
 

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
@@ -22,8 +22,8 @@ from pallas_kernels._triton import WHOLE, gpu_reason, triton_call
 from pallas_kernels.nf4.reference import DYNAMIC_MAP, NF4_TABLE
 from pallas_kernels.nf4.tensor import NF4Layer, NF4Tensor
 
-# Elements that one program decodes: full rows of 4,096 in pairs were the fastest of the tilings tried on an H200.
-_TILE, _WARPS = 8192, 4
+# Elements that one program decodes, of blocks that follow each other, and its warps.
+_TILE, _WARPS = 4096, 4
 
 
 def unsupported_reason(t: NF4Tensor | NF4Layer) -> str | None:
@@ -55,31 +55,27 @@ def decode_into(
     if isinstance(t, NF4Tensor):
         t = NF4Layer(jax.tree.map(lambda leaf: leaf[None], t), np.int32(0))
     stack, (n, k) = t.stack, t.shape
-    tile_columns = _power_of_two_divisor(k, _TILE)
-    tile_rows = _power_of_two_divisor(n, max(_TILE // tile_columns, 1))
     block = stack.block_size
-    per_tile, per_tile_row, per_row = tile_rows * tile_columns // block, tile_columns // block, k // block
-    assert per_tile_row, "whole blocks in a row make tiles of whole blocks"
+    half, per_row = block // 2, k // block
+    per_tile = _power_of_two_divisor(n * per_row, max(_TILE // block, 1))
 
     def kernel(index_ref: Any, codes_ref: Any, absmax_ref: Any, table_ref: Any, *rest: Any) -> None:
         layer, out_ref = index_ref[0], rest[-1]
-        row, column = pl.program_id(0) * tile_rows, pl.program_id(1) * tile_columns
+        blocks = pl.program_id(0) * per_tile + lax.iota(jnp.int32, per_tile)
+        row, column = blocks // per_row, blocks % per_row
 
-        def tile_of(ref: Any, per_element: int) -> Array:
-            columns = pl.ds(column // per_element, tile_columns // per_element)
-            return plt.load(ref.at[layer, pl.ds(row, tile_rows), columns])
+        def within(size: int) -> Array:
+            """Columns of the blocks' parts of this size."""
+            return column[:, None] * size + lax.broadcasted_iota(jnp.int32, (per_tile, size), 1)
 
-        codes = tile_of(codes_ref, 2).astype(jnp.int32).reshape(per_tile, block // 2)
-        scales = tile_of(absmax_ref, block).reshape(per_tile)
+        # Addressed as [blocks, elements]: reshaping a tile of rows would send it through shared memory three times.
+        codes = plt.load(codes_ref.at[layer, row[:, None], within(half)]).astype(jnp.int32)
+        scales = plt.load(absmax_ref.at[layer, row, column])
         if stack.is_nested:
-            shape = (tile_rows, per_tile_row)
-            in_rows, in_columns = (jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
-            nested_index = ((row + in_rows) * per_row + column // block + in_columns) // stack.nested_block_size
-            scales = decoded_scales(stack, layer, scales, nested_index.reshape(per_tile), rest)
-        high, low = plt.load(table_ref.at[codes >> 4]), plt.load(table_ref.at[codes & 15])
-        values = jnp.stack([high * scales[:, None], low * scales[:, None]], axis=-1)
-        weights = rounded(values, stack.dtype).astype(dtype).reshape(tile_rows, tile_columns)
-        plt.store(out_ref.at[pl.ds(first_row + row, tile_rows), pl.ds(column, tile_columns)], weights)
+            scales = decoded_scales(stack, layer, scales, blocks // stack.nested_block_size, rest)
+        high, low = (plt.load(table_ref.at[code]) * scales[:, None] for code in (codes >> 4, codes & 15))
+        weights = jnp.stack([rounded(part, stack.dtype).astype(dtype) for part in (high, low)], axis=-1)
+        plt.store(out_ref.at[first_row + row[:, None], within(block)], weights.reshape(per_tile, block))
 
     operands = [jnp.reshape(t.index, (1,)), stack.codes.reshape(-1, n, k // 2), stack.absmax.reshape(-1, n, per_row)]
     operands += [jnp.asarray(NF4_TABLE)]
@@ -92,7 +88,7 @@ def decode_into(
     return triton_call(
         kernel,
         out_shape=jax.ShapeDtypeStruct((rows, columns), dtype),
-        grid=(n // tile_rows, k // tile_columns),
+        grid=(n * per_row // per_tile,),
         in_specs=[WHOLE] * len(operands),
         out_specs=WHOLE,
         input_output_aliases=aliases,
