@@ -20,6 +20,8 @@ from pallas_kernels.fp8_matmul.reference import (
     fp8_transposed_reference,
     quantize_rows_reference,
 )
+from pallas_kernels.fp8_matmul.triton_rows import finish_triton, quantize_rows_triton
+from pallas_kernels.fp8_matmul.xla import finish_xla
 from pallas_kernels.glu_linear import glu_linear
 from pallas_kernels.lora_linear import Projection, grouped_lora_linear
 from pallas_kernels.nf4 import NF4Layer, dequantize, quantize
@@ -131,6 +133,21 @@ def test_rounding_is_to_the_nearest() -> None:
     wanted = np.abs(x[..., None] / np.asarray(scale)[:, None, None] - numbers).min(-1)
     taken = np.abs(x / np.asarray(scale)[:, None] - np.asarray(values, np.float32))
     np.testing.assert_allclose(taken, wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize(("m", "n", "rank"), [(23, 70, 8), (128, 256, 80), (130, 40, 0)])
+def test_kernels_around_the_product(m: int, n: int, rank: int) -> None:
+    """Rows rounded as the reference rounds them, and results scaled and added to as XLA does; of any shape."""
+    x, column = jnp.asarray(normal(50, m, n)), jnp.asarray(1 + normal(51, n) ** 2)
+    low_rank = (jnp.asarray(normal(52, m, rank)), jnp.asarray(normal(53, n, rank))) if rank else None
+    with interpreted():
+        values, scale = quantize_rows_triton(x, column)
+        finished = finish_triton(x, scale, column if rank else None, low_rank)
+    wanted, wanted_scale = quantize_rows_reference(x * column)
+    np.testing.assert_array_equal(np.asarray(values).view(np.uint8), np.asarray(wanted).view(np.uint8))
+    np.testing.assert_array_equal(scale, wanted_scale)
+    plain = finish_xla(x, scale, column if rank else None, low_rank, jnp.float32)
+    np.testing.assert_allclose(finished, plain, rtol=1e-5, atol=1e-5)
 
 
 def test_e5m2_would_be_worse_for_gradients() -> None:
@@ -295,3 +312,5 @@ def test_blocks_lower_to_cuda(name: str) -> None:
     text = lower_for_cuda(lambda x, adapters: gradients(block(name, group), x, adapters), x, adapters)
     assert "f8E4M3FN" in text
     assert "nf4_decode_fp8" in text
+    assert "fp8_quantize_rows" in text
+    assert "fp8_finish" in text
