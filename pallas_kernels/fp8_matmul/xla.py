@@ -16,6 +16,7 @@ from jax import Array, lax
 from pallas_kernels.fp8_matmul.reference import E4M3, row_scales
 from pallas_kernels.nf4 import NF4_TABLE, NF4Tensor
 from pallas_kernels.nf4.reference import decode_scales
+from pallas_kernels.nf4.xla import unpacked
 
 LowRank = tuple[Array, Array]
 
@@ -47,8 +48,7 @@ def block_scales(w: NF4Tensor) -> tuple[Array, Array]:
 def decode_xla(w: NF4Tensor, transposed: bool) -> tuple[Array, Array]:
     """e4m3 [N, K], or [K, N], and the scales of the N rows."""
     n, k = w.shape
-    # As in nf4's decoding: the cast gives the low nibble first, the format wants the high one.
-    codes = lax.bitcast_convert_type(w.codes, jnp.uint4)[..., ::-1].reshape(-1)[: n * k].reshape(n, k)
+    codes = unpacked(w.codes).reshape(-1)[: n * k].reshape(n, k)
     if k % w.block_size:
         of_blocks = jnp.repeat(jnp.asarray(decode_scales(w)), w.block_size)[: n * k].reshape(n, k)
         rows = row_scales(jnp.max(jnp.abs(of_blocks), axis=1))

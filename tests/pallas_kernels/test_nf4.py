@@ -266,3 +266,9 @@ def test_public_names():
 def test_named_shapes_are_whole_blocks():
     assert WEIGHTS[(14336, 4096)] == "llama-3-8b/gate_proj"
     assert all(columns % 64 == 0 for _, columns in WEIGHTS)
+
+
+def test_a_weight_that_a_compiled_function_closes_over() -> None:
+    """XLA of jax 0.10 cast constants from bytes to codes wrongly."""
+    t = quantize(jax.random.normal(jax.random.key(0), (16, 128)))
+    np.testing.assert_array_equal(jax.jit(lambda: dequantize(t, jnp.float32))(), dequantize(t, jnp.float32))
