@@ -46,6 +46,7 @@ from jaxtune.memory import device_peak, tree_bytes
 from jaxtune.models.config import DecoderConfig
 from jaxtune.models.decoder import hidden_states, logits
 from jaxtune.structure import frozen_structure
+from pallas_kernels.bench.timing import device_trace
 from pallas_kernels.nf4 import NF4Tensor
 
 TINY = {"vocab_size": 512, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2}
@@ -218,7 +219,7 @@ def profile(generator: Generator, prompts: list[list[int]], new: int) -> dict[st
     launches: collections.Counter[str] = collections.Counter()
     begins, ends = [], []
     with tempfile.TemporaryDirectory() as directory:
-        with jax.profiler.trace(directory):
+        with device_trace(directory):
             made = len(next(pieces)[0])
         (trace,) = Path(directory).rglob("*.xplane.pb")
         for plane in jax.profiler.ProfileData.from_file(str(trace)).planes:

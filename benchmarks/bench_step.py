@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ from jaxtune.optim import make_optimizer
 from jaxtune.planning import make_plan
 from jaxtune.step import batch_sharding, init_state, jit_train_step, make_mesh, state_sharding
 from jaxtune.structure import frozen_structure, state_structure, step_bytes, step_settings
+from pallas_kernels.bench.timing import device_trace
 
 _70B = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64}
 _13B = {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40}
@@ -139,8 +141,8 @@ def random_batch(case: Case, vocabulary: int) -> dict[str, np.ndarray]:
     }
 
 
-def measure(name: str, profile: Path | None) -> dict[str, Any]:
-    """One case, in this process."""
+def measure(name: str, profile: Path | None) -> Iterator[dict[str, Any]]:
+    """One case, in this process: its row, and after that the profile."""
     started = time.perf_counter()
     case = CASES[name]
     limit_memory(case.limit)
@@ -178,13 +180,12 @@ def measure(name: str, profile: Path | None) -> dict[str, Any]:
         losses.append(float(metrics["loss"]))
         seconds.append(time.perf_counter() - begun)
     if not (np.isfinite(losses).all() and losses[-1] <= losses[0]):
-        return {"case": name, "system": "jaxtune", "failed": f"losses {losses}"}
-    if profile is not None:
-        profile.write_text(json.dumps(device_time(step, state, frozen, batch), indent=1) + "\n", encoding="utf-8")
+        yield {"case": name, "system": "jaxtune", "failed": f"losses {losses}"}
+        return
     timed = [1e3 * second for second in seconds[min(2, case.steps - 1) :]]
     median = statistics.median(timed)
     spread = statistics.quantiles(timed, n=4) if len(timed) > 1 else [median] * 3
-    return {
+    yield {
         "case": name,
         "system": "jaxtune",
         **dataclasses.asdict(case),
@@ -202,6 +203,8 @@ def measure(name: str, profile: Path | None) -> dict[str, Any]:
             "first_step": round(seconds[0], 2),
         },
     }
+    if profile is not None:
+        profile.write_text(json.dumps(device_time(step, state, frozen, batch), indent=1) + "\n", encoding="utf-8")
 
 
 def _gib(size: int | None) -> float | None:
@@ -227,7 +230,7 @@ def device_time(step: Any, *arguments: Any) -> dict[str, Any]:
     kernels: collections.Counter[str] = collections.Counter()
     with tempfile.TemporaryDirectory() as directory:
         begun = time.perf_counter()
-        with jax.profiler.trace(directory):
+        with device_trace(directory):
             begun = time.perf_counter()
             jax.block_until_ready(step(*arguments))
             total = 1e3 * (time.perf_counter() - begun)
@@ -255,6 +258,17 @@ def device_time(step: Any, *arguments: Any) -> dict[str, Any]:
     }
 
 
+def _row_of(command: Sequence[str], name: str, timeout: float) -> dict[str, Any]:
+    """The row that a process prints, whatever becomes of it then; or why there is none."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
+        printed, failed = done.stdout, done.stderr[-400:]
+    except subprocess.TimeoutExpired as late:
+        printed, failed = (late.stdout or b"").decode(), f"longer than {timeout:.0f} s"
+    rows = [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
+    return rows[0] if rows else {"case": name, "system": "jaxtune", "failed": failed}
+
+
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description="Measure the train step alone, with random weights.")
@@ -269,19 +283,14 @@ def main() -> None:
     if options.profile is not None and len(options.cases) > 1:
         parser.error("--profile takes one case")
     if options.alone:
-        print(json.dumps(measure(options.cases[0], options.profile)))
+        for row in measure(options.cases[0], options.profile):
+            print(json.dumps(row), flush=True)
         return
     rows: list[dict[str, Any]] = []
     for name in options.cases:
         command = [sys.executable, __file__, "--alone", "--cases", name, "--out", str(options.out)]
         command += ["--profile", str(options.profile)] if options.profile else []
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=options.timeout, check=False)
-            lines = done.stdout.splitlines()
-            failed = {"case": name, "system": "jaxtune", "failed": done.stderr[-400:]}
-            rows.append(json.loads(lines[-1]) if done.returncode == 0 and lines else failed)
-        except subprocess.TimeoutExpired:
-            rows.append({"case": name, "system": "jaxtune", "failed": f"longer than {options.timeout:.0f} s"})
+        rows.append(_row_of(command, name, options.timeout))
         print(json.dumps(rows[-1]), flush=True)
         # Without the header, which would start a GPU client in this process while the cases are measured.
         options.out.write_text(json.dumps({"rows": rows}, indent=1) + "\n", encoding="utf-8")

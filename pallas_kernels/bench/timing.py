@@ -8,6 +8,7 @@ sees no device, as on a CPU, the host's clock is read. Inputs are random: zeros 
 
 from __future__ import annotations
 
+import contextlib
 import math
 import statistics
 import tempfile
@@ -61,12 +62,9 @@ def measure(run: Callable[..., Any], sets: Sequence[tuple[Any, ...]], calls: int
     order = (sets[i % len(sets)] for i in range(WARM_UP + calls))
     for _ in range(WARM_UP):
         jax.block_until_ready(run(*next(order)))
-    options = jax.profiler.ProfileOptions()
-    options.host_tracer_level = options.python_tracer_level = 0
-    options.enable_hlo_proto = False
     by_host = []
     with tempfile.TemporaryDirectory() as directory:
-        with jax.profiler.trace(directory, profiler_options=options):
+        with device_trace(directory):
             for _ in range(ROUNDS):
                 start = time.perf_counter()
                 for _ in range(calls // ROUNDS):
@@ -80,6 +78,15 @@ def measure(run: Callable[..., Any], sets: Sequence[tuple[Any, ...]], calls: int
         quartiles = statistics.quantiles(times, n=4)
         spread = quartiles[2] - quartiles[0]
     return Timing(statistics.median(times), spread, "device" if intervals else "host")
+
+
+def device_trace(directory: str) -> contextlib.AbstractContextManager[None]:
+    """JAX's profiler, of the device alone: neither the host's calls nor programs are recorded, which takes minutes for
+    large ones."""
+    options = jax.profiler.ProfileOptions()
+    options.host_tracer_level = options.python_tracer_level = 0
+    options.enable_hlo_proto = False
+    return jax.profiler.trace(directory, profiler_options=options)
 
 
 def device_intervals(directory: Path) -> list[Interval]:
