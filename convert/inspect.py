@@ -9,7 +9,7 @@ from pathlib import Path
 
 from convert import flax_tree
 from convert.checkpoint import Checkpoint, open_checkpoint
-from convert.peft import WEIGHTS_NAME
+from convert.peft import WEIGHTS_NAME, check_complete
 from convert.peft_config import CONFIG_NAME, read_config
 from convert.safetensors_io import SafetensorsModel
 
@@ -83,9 +83,8 @@ def _size(nbytes: int) -> str:
 
 
 def _adapter(path: Path) -> str:
+    check_complete(path)
     config = read_config(path)
-    if not (path / WEIGHTS_NAME).is_file():
-        raise ValueError(f"{path}: {WEIGHTS_NAME} is missing; name a directory that PEFT's save_pretrained wrote")
     infos = SafetensorsModel([path / WEIGHTS_NAME]).infos
     matches = [match for name in infos if (match := re.search(r"layers\.(\d+)\..*?(\w+)\.lora_[AB]\.weight$", name))]
     linears, layers = (sorted({match[group] for match in matches}) for group in (2, 1))

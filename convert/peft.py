@@ -26,6 +26,16 @@ _DTYPES = ("float32", "bfloat16", "float16", "float64")
 _NUMBER = "(0|[1-9][0-9]{0,3})"
 
 
+def check_complete(directory: Path) -> None:
+    """Raise ValueError where one of an adapter's two files is missing."""
+    for name in (CONFIG_NAME, WEIGHTS_NAME):
+        if not (directory / name).is_file():
+            inside = directory / "adapter"
+            is_run = (inside / CONFIG_NAME).is_file()
+            remedy = f"name the run's adapter, {inside}" if is_run else "name one that PEFT's save_pretrained wrote"
+            raise ValueError(f"{directory}: {name} is missing in this directory; {remedy}")
+
+
 def is_whole(name: str) -> bool:
     """Whether a tensor of an adapter's file stands in for one of the base model (`modules_to_save`)."""
     return name.startswith(PREFIX) and ".lora_" not in name
@@ -247,9 +257,7 @@ def load_adapter(
         NotImplementedError: DoRA and other kinds that compute more than B A x; names the field.
     """
     directory = Path(directory)
-    for name in (CONFIG_NAME, WEIGHTS_NAME):
-        if not (directory / name).is_file():
-            raise ValueError(f"{directory}: {name} is missing; name a directory that PEFT's save_pretrained wrote")
+    check_complete(directory)
     config = read_config(directory)
     rank, alpha = config["r"], config.get("lora_alpha", 8)
     for field, neutral in NEUTRAL.items():

@@ -14,7 +14,7 @@ import numpy as np
 
 from convert import families
 from convert.families.table import Slot
-from convert.peft import WEIGHTS_NAME, is_whole
+from convert.peft import WEIGHTS_NAME, check_complete, is_whole
 from convert.peft_config import PREFIX, read_config
 from convert.safetensors_io import SafetensorsModel
 
@@ -24,7 +24,7 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 def load_modules(
     directory: str | os.PathLike[str], hf_config: Mapping[str, Any]
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Read the whole tensors of an adapter's directory, which `convert.peft.load_adapter` has found to be one.
+    """Read the whole tensors of an adapter's directory.
 
     Args:
         directory: PEFT's.
@@ -35,9 +35,10 @@ def load_modules(
         as long as they are, and a head that was the embedding is one of its own where only one of the two was trained.
 
     Raises:
-        ValueError: tensors that the model has not, or of other shapes, all of them listed.
+        ValueError: a missing file; tensors that the model has not, or of other shapes, all of them listed.
         NotImplementedError: linears that were trained whole.
     """
+    check_complete(Path(directory))
     path = Path(directory) / WEIGHTS_NAME
     model = SafetensorsModel([path])
     # Of an embedding that was resized PEFT saves what it trained and what stood there before, by their inner names.

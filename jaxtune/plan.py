@@ -21,7 +21,7 @@ from jaxtune.config_io import check_files, load_config, local_path
 from jaxtune.data.dataset import build
 from jaxtune.devices import SHEETS, sheet, this_device
 from jaxtune.errors import UserError
-from jaxtune.loading import find_hf_config, load_tokenizer, resolve_source
+from jaxtune.loading import find_hf_config, resolve_source, run_tokenizer
 from jaxtune.metrics import format_bytes, format_seconds
 from jaxtune.planning import Plan, Reach, advice, make_plan, with_mesh
 from jaxtune.preflight import check_compute
@@ -128,7 +128,7 @@ def count_rows(config: RunConfig) -> int | None:
     source = resolve_source(config.model)
     if not source.is_gguf and not any(source.path.glob("tokenizer*")):
         return None
-    return len(build(config.data, load_tokenizer(source)).rows)
+    return len(build(config.data, run_tokenizer(config, source)).rows)
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -22,6 +22,7 @@ from jaxtune.config_io import load_config
 from jaxtune.device_memory import limit_memory
 from jaxtune.errors import UserError
 from jaxtune.nonfinite import Traced, replayable, trace
+from jaxtune.start import start_from
 from jaxtune.step import make_mesh
 from jaxtune.structure import batch_structure, state_structure, step_settings
 
@@ -39,7 +40,7 @@ def replay(run: Path, step: int | None = None) -> tuple[dict[str, Any], Traced, 
         raise UserError(f"{run} has kept no batch: none of its updates was other than finite; name another --run")
     config = load_config(run / "config.yaml")
     limit_memory(config.train.memory_limit)
-    base = find_base(config.model)
+    base, _ = start_from(config.lora, find_base(config.model))
     like = replayable(batch_structure(config), state_structure(config, base.decoder, base.dtype))
     arrays, meta = kept.restore(kept.steps()[-1] if step is None else step, like)
     state = state_structure(config, base.decoder, base.dtype)

@@ -40,7 +40,8 @@ def start_from(config: LoraConfig, base: BaseModel) -> tuple[BaseModel, Any]:
             + ", ".join(f"lora.{name} to {_shown(getattr(found, name))}" for name in differing)
         )
     lora = jax.tree.map(lambda leaf: jax.numpy.asarray(leaf, DTYPES[config.dtype]), lora)
-    return dataclasses.replace(base, tokenizer=tokenizer), lora
+    own = None if tokenizer is base.tokenizer else tokenizer
+    return dataclasses.replace(base, tokenizer=tokenizer, own_tokenizer=own), lora
 
 
 def _as_set(value: Any) -> Any:

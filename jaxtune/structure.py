@@ -14,8 +14,9 @@ import numpy as np
 
 from jaxtune.config import ModelConfig, RunConfig, TrainConfig
 from jaxtune.errors import UserError
+from jaxtune.head import HEAD, check_head, small_head
 from jaxtune.linear import Fp8
-from jaxtune.loading import HEAD, check_head, small_head, tensors_of
+from jaxtune.loading import tensors_of
 from jaxtune.lora import adaptation, init_lora
 from jaxtune.mesh import placed_structures
 from jaxtune.models.config import DecoderConfig
@@ -47,7 +48,7 @@ def frozen_structure(hf_config: Mapping[str, Any], config: ModelConfig, dtype: A
     dense = {slot.path for slot in slots if any(module in slot.name for module in skipped)}
     if config.embedding_on_host:
         slots = [slot for slot in slots if slot.path[0] != "embed_tokens"]
-    check_head(config, hf_config, slots)
+    check_head(config, hf_config, {slot.path for slot in slots})
     tree: dict[str, Any] = {}
     for slot in slots:
         if slot.layer not in (None, 0):

@@ -52,14 +52,7 @@ from jaxtune.report import write_report
 from jaxtune.run_directory import Resume, RunDirectory
 from jaxtune.samples import answer, encode_prompt
 from jaxtune.start import start_from
-from jaxtune.step import (
-    StepConfig,
-    TrainState,
-    init_state,
-    jit_eval_step,
-    jit_train_step,
-    make_mesh,
-)
+from jaxtune.step import StepConfig, TrainState, init_state, jit_eval_step, jit_train_step, make_mesh
 from jaxtune.stopping import StopRequests
 from jaxtune.structure import step_settings
 from jaxtune.trackers import check_installed, open_trackers
@@ -370,9 +363,11 @@ def _save_adapters(
     if not is_first():
         return lora
 
+    of_base: Any = {"decoder": base.decoder, "modules": base.modules, "tokenizer": base.own_tokenizer}
+
     def save(name: str, tree: Any) -> None:
         with directory.replacing(name) as temporary:
-            save_peft_adapter(temporary, tree, config.lora, base.source, decoder=base.decoder, modules=base.modules)
+            save_peft_adapter(temporary, tree, config.lora, base.source, **of_base)
 
     save("adapter", lora)
     for meta, tree in of_best:

@@ -18,7 +18,7 @@ from jaxtune.data.loader import Loader
 from jaxtune.data.preview import Shown, show_row, to_html, visible
 from jaxtune.data.report import describe_all
 from jaxtune.errors import UserError
-from jaxtune.loading import load_tokenizer, resolve_source
+from jaxtune.loading import resolve_source, run_tokenizer
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _preview(config: RunConfig, split: str, count: int, page: Path | None) -> None:
     if count < 0:
         raise UserError(f"--n is {count}; set it to 0 or more")
-    tokenizer = load_tokenizer(resolve_source(config.model, weights=False))
+    tokenizer = run_tokenizer(config, resolve_source(config.model, weights=False))
     sets = {"train": build(config.data, tokenizer), **eval_sets(config.data, tokenizer)}
     if split not in sets:
         raise UserError(f"--split {split}: the run has {', '.join(sets)}; choose one of them")

@@ -15,6 +15,7 @@ import numpy as np
 from convert.peft_modules import load_modules
 from jaxtune.base import BaseModel
 from jaxtune.errors import UserError
+from jaxtune.head import held_like
 from jaxtune.loading import read_hf_config, tensors_of, user_errors
 from jaxtune.models.config import DecoderConfig
 
@@ -64,7 +65,7 @@ def with_modules(
     Args:
         frozen: the base model's, on the device. before: its HF config.
         modules, hf_config: as `convert.peft_modules.load_modules` gave them.
-        dtype: compute dtype, which they are held in.
+        dtype: compute dtype, which they are held in; but for a head in fewer bits, which remains one.
 
     Raises:
         UserError: values that are not finite in `dtype`.
@@ -82,5 +83,5 @@ def with_modules(
         node = tree
         for parent in parents:
             node = node[parent]
-        node[key] = tensor if slot.layer is None else node[key].at[slot.layer].set(tensor)
+        node[key] = held_like(tensor, node[key]) if slot.layer is None else node[key].at[slot.layer].set(tensor)
     return tree

@@ -32,7 +32,15 @@ from jaxtune.export.targets import (
     write_merged_4bit,
 )
 from jaxtune.linear import Adaptation
-from jaxtune.loading import Source, load_model, load_tokenizer, resolve_dtype, resolve_source, user_errors
+from jaxtune.loading import (
+    Source,
+    adapter_tokenizer,
+    load_model,
+    load_tokenizer,
+    resolve_dtype,
+    resolve_source,
+    user_errors,
+)
 from jaxtune.lora import adaptation
 from jaxtune.models.config import DecoderConfig
 from jaxtune.verify import Comparison, compare, text_logits
@@ -106,7 +114,8 @@ def export_model(model: ModelConfig, config: ExportConfig) -> Path:
 
 def _export(model: ModelConfig, adapter: Path | None, data: DataConfig | None, config: ExportConfig) -> Path:
     source = resolve_source(model)
-    tokenizer = load_tokenizer(source)
+    own_tokenizer = None if adapter is None else adapter_tokenizer(adapter)
+    tokenizer = load_tokenizer(source) if own_tokenizer is None else own_tokenizer
     verify = config.verify and config.target not in ("peft", "gguf-lora")
     batch = _held_out(tokenizer, data, config.text) if verify else {}
     dtype = resolve_dtype(model.dtype)
@@ -135,7 +144,8 @@ def _export(model: ModelConfig, adapter: Path | None, data: DataConfig | None, c
         without = compare(reference, logits(frozen[0], {}, adaptation=Adaptation()), batch)
         _say(f"without the adapter: {without}")
     with user_errors(), atomic_directory(config.out, overwrite=config.overwrite) as directory:
-        subject = Subject(checkpoint, frozen.pop(), lora, adapted.scaling, modules, hf_config if modules else None)
+        of_modules = hf_config if modules else None
+        subject = Subject(checkpoint, frozen.pop(), lora, adapted.scaling, modules, of_modules, own_tokenizer)
         written = _write(directory, subject, config, source, tokenizer, lora_config)
         del subject
         for one in written:
@@ -145,9 +155,9 @@ def _export(model: ModelConfig, adapter: Path | None, data: DataConfig | None, c
                 variables = flax_tree.load_tree(one.path)
                 again = logits(variables["params"], variables.get("lora", {}), adaptation=adapted)
             else:
-                settings = dataclasses.replace(
-                    model, name_or_path=str(one.path), revision=None, sha256=None, load_in_4bit=one.packed
-                )
+                # A head in fewer bits was written decoded.
+                settings = dataclasses.replace(model, revision=None, sha256=None, head="dtype")
+                settings = dataclasses.replace(settings, name_or_path=str(one.path), load_in_4bit=one.packed)
                 again = logits(load_model(settings, dtype).frozen, {}, adaptation=Adaptation())
             _judge(one, compare(reference, again, batch), without, config.max_difference)
     return config.out

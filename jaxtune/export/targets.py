@@ -24,6 +24,7 @@ from convert.peft_modules import placed
 from convert.progress import Progress
 from convert.safetensors_io import TensorInfo, write_model
 from jaxtune.errors import UserError
+from jaxtune.head import without_int8
 from pallas_kernels import nf4
 from pallas_kernels.cross_entropy import Int8Head, decoded_head
 from pallas_kernels.nf4 import NF4Tensor
@@ -35,7 +36,8 @@ class Subject:
 
     checkpoint: the base model's files. frozen: its parameters as they were trained with, on the device. lora: the
     adapter's tree of NumPy arrays, or {}. scaling: on B A. modules: whole tensors of the adapter's, which `frozen` has
-    already (jaxtune.export.modules). hf_config: of the model with them; None for the base model's.
+    already (jaxtune.export.modules). hf_config: of the model with them; None for the base model's. tokenizer: the one
+    that was saved beside the adapter; None for the base model's.
     """
 
     checkpoint: Checkpoint
@@ -44,6 +46,7 @@ class Subject:
     scaling: float
     modules: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
     hf_config: Mapping[str, Any] | None = None
+    tokenizer: Any = None
 
     @property
     def model(self) -> Checkpoint:
@@ -68,7 +71,7 @@ def write_merged(directory: Path, subject: Subject, base: Base, dtype: str) -> l
     """Dense safetensors that transformers loads."""
     infos, read = _tensors(subject, base, DTYPES[dtype], directory)
     write_model(directory, infos, read)
-    write_description(directory, subject.model, dtype=DTYPES[dtype])
+    _describe(directory, subject, DTYPES[dtype])
     return [Written(directory, False, _precision(base, "16 bits"))]
 
 
@@ -78,7 +81,7 @@ def write_merged_4bit(directory: Path, subject: Subject, base: Base, dtype: str)
     infos, read = bnb4bit.packed_model(infos, read, {slot.name for slot in _slots(subject) if slot.is_linear})
     write_model(directory, infos, read, keep_order=True)
     quantization = bnb4bit.quantization_config(compute_dtype=DTYPES[dtype].name)
-    write_description(directory, subject.model, dtype=DTYPES[dtype], quantization=quantization)
+    _describe(directory, subject, DTYPES[dtype], quantization)
     return [Written(directory, True, "quantised")]
 
 
@@ -90,7 +93,7 @@ def write_ggufs(
     for file_type in file_types:
         path = directory / f"{name}-{file_type}.gguf"
         infos, read = _tensors(subject, base, DTYPES["fp32"], path)
-        config, vocabulary = subject.model.hf_config, tokenizer_of(subject.checkpoint)
+        config, vocabulary = subject.model.hf_config, subject.tokenizer or tokenizer_of(subject.checkpoint)
         write_gguf(path, config, infos, read, vocabulary, file_type=file_type, name=name)
         precision = {"F32": "16 bits", "F16": "16 bits", "BF16": "16 bits", "Q8_0": "8 bits"}.get(
             file_type, "quantised"
@@ -115,10 +118,11 @@ def write_gguf_lora(directory: Path, subject: Subject, name: str) -> list[Writte
 
 def write_flax(directory: Path, subject: Subject) -> list[Written]:
     """The parameter trees as they are, for any JAX program and for `model.name_or_path`."""
-    variables = {"params": jax.device_get(subject.frozen)} | ({"lora": subject.lora} if subject.lora else {})
-    flax_tree.save_tree(directory, variables, lora_scaling=subject.scaling if subject.lora else None)
     dtype = np.asarray(subject.frozen["norm"]["scale"]).dtype
-    write_description(directory, subject.model, dtype=dtype)
+    variables = {"params": jax.device_get(without_int8(subject.frozen, dtype))}
+    variables |= {"lora": subject.lora} if subject.lora else {}
+    flax_tree.save_tree(directory, variables, lora_scaling=subject.scaling if subject.lora else None)
+    _describe(directory, subject, dtype)
     return [Written(directory, True, "exact")]
 
 
@@ -135,6 +139,14 @@ def _tensors(
         values = placed(base_values(subject.checkpoint, "original"), subject.modules, base_slots)
     infos, read = merged(_slots(subject), values, subject.lora, subject.scaling, dtype)
     return infos, Progress(f"write {path.name}" if path.suffix == ".gguf" else "write", len(infos)).watch(read)
+
+
+def _describe(
+    directory: Path, subject: Subject, dtype: np.dtype, quantization: Mapping[str, Any] | None = None
+) -> None:
+    write_description(directory, subject.model, dtype=dtype, quantization=quantization)
+    if subject.tokenizer is not None:
+        subject.tokenizer.save_pretrained(directory)
 
 
 def _slots(subject: Subject) -> list[Slot]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from runs import Command, Main, WriteRun
+from runs import Command, Main, WriteRun, save_tokenizer
 
 from jaxtune import memory
 from jaxtune.config import RunConfig
@@ -221,6 +221,8 @@ def test_an_adapter_is_trained_further(tmp_path: Path, write_run: WriteRun, run_
     status, err = run_main("--config", write_run(**few))
     assert status == 0, err
     first = tmp_path / "out"
+    assert not (first / "adapter" / "tokenizer.json").exists()
+    save_tokenizer(first / "adapter")
     config = write_run(
         **few | {"lora": few["lora"] | {"start_from": str(first / "adapter")}, "output": {"dir": str(tmp_path / "on")}}
     )
@@ -238,3 +240,4 @@ def test_an_adapter_is_trained_further(tmp_path: Path, write_run: WriteRun, run_
     )
     assert after[0] == pytest.approx(before[-1], rel=1e-6)
     assert after[-1] < after[0]
+    assert (tmp_path / "on" / "adapter" / "tokenizer.json").is_file()

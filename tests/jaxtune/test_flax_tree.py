@@ -20,6 +20,7 @@ from jaxtune.errors import UserError
 from jaxtune.export.run import ExportConfig, export_model
 from jaxtune.loading import fingerprint, load_model, load_tokenizer, resolve_source
 from pallas_kernels import nf4
+from pallas_kernels.cross_entropy import decoded_head
 from pallas_kernels.nf4 import NF4Tensor
 
 FP32 = jnp.dtype(jnp.float32)
@@ -58,6 +59,22 @@ def test_decodes_where_4bit_is_not_asked_for(saved: tuple[Path, Path]) -> None:
         load(saved[1], load_in_4bit=four).frozen["layers"]["mlp"]["up_proj"]["kernel"] for four in (True, False)
     )
     np.testing.assert_array_equal(dense, nf4.dequantize(packed))
+
+
+def test_heads_in_fewer_bits(saved: tuple[Path, Path], tmp_path: Path) -> None:
+    """One in 8 bits is written as it acts, a packed one stays as it is."""
+    for form in ("int8", "nf4"):
+        settings: Any = {"head": form}
+        config = ExportConfig("flax", tmp_path / form, verify=False)
+        tree = export_model(ModelConfig(str(saved[0]), dtype="fp32", **settings), config)
+        expected = load(saved[0], head=form).frozen["lm_head"]["kernel"]
+        found = load(tree).frozen["lm_head"]["kernel"]
+        if form == "int8":
+            np.testing.assert_array_equal(found, decoded_head(expected, FP32))
+            continue
+        assert isinstance(found, NF4Tensor)
+        for kept in (found, load(tree, head=form).frozen["lm_head"]["kernel"]):
+            jax.tree.map(np.testing.assert_array_equal, kept, expected)
 
 
 def _other_format(tree: Path) -> None:
