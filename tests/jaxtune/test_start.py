@@ -39,7 +39,8 @@ Made = tuple[RunConfig, BaseModel, dict[str, np.ndarray]]
 def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     """A run that starts from an adapter with a longer vocabulary and a tokenizer of its own; its base and tensors."""
     directory = tmp_path_factory.mktemp("start")
-    model, lora = ModelConfig(str(save_model(directory / "base", num_hidden_layers=1)), dtype="fp32"), LoraConfig(r=2, lora_alpha=2)
+    model = ModelConfig(str(save_model(directory / "base", num_hidden_layers=1)), dtype="fp32")
+    lora = LoraConfig(r=2, lora_alpha=2)
     base, adapter = find_base(model), directory / "run" / "adapter"
     rng = np.random.default_rng(0)
     modules = {
