@@ -35,14 +35,15 @@ from jaxtune.memory import give_back_freed
 from jaxtune.processes import agreed, is_first, several, together
 
 _TEMPORARY = ".tmp-"
-# Where model and data come from, and what `auto` means, may change: their content has fingerprints of its own, and the
-# dtype is compared as it was resolved. So may how a step's rows are cut into micro-batches, which moves its sums by
-# rounding only.
+# Where model, data and first adapter come from, and what `auto` means, may change: model and data have fingerprints of
+# their content, the adapter is in the checkpoint, and the dtype is compared as it was resolved. So may how a step's
+# rows are cut into micro-batches, which moves its sums by rounding only.
 _COMPARED_OTHERWISE = {
     "model.name_or_path",
     "model.revision",
     "model.sha256",
     "model.dtype",
+    "lora.start_from",
     "data.train",
     "train.batch_size",
     "train.gradient_accumulation_steps",

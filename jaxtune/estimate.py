@@ -216,16 +216,18 @@ def estimate_memory(config: RunConfig, model: Model, device: Device, dtype: str,
         layer=layer,
         decoded=int(size * decoded_elements / tensor) if model.packed else 0,
         # Logits in float32, their gradient in 16 bits, and the hidden states in the order they are learnt in.
-        logits=6 * chunk * words + _decoded_head(config, decoder) + 4 * size * tokens * decoder.hidden_size,
+        logits=6 * chunk * words + _decoded_head(config, decoder, size) + 4 * size * tokens * decoder.hidden_size,
         update=int(_UPDATE * 4 * model.trainable / spread) + (model.optimizer if config.train.is_paged else 0),
         host=_HOST_PROCESS["cpu" if device.capability is None else "gpu"] + offloaded,
     )
 
 
-def _decoded_head(config: RunConfig, decoder: DecoderConfig) -> int:
+def _decoded_head(config: RunConfig, decoder: DecoderConfig, size: int) -> int:
     """Of a head in 8 or 4 bits: the rows that are decoded at a time, and of NF4 a scale of each block in float32."""
-    scales = {"dtype": -_HEAD_ROWS_BYTES, "int8": 0, "nf4": decoder.vocab_size * decoder.hidden_size // 16}
-    return _HEAD_ROWS_BYTES + scales[config.model.head]
+    if config.model.head == "dtype":
+        return 0
+    elements = decoder.vocab_size * decoder.hidden_size
+    return min(_HEAD_ROWS_BYTES, size * elements) + (elements // 16 if config.model.head == "nf4" else 0)
 
 
 def _in_fp8(config: RunConfig, device: Device) -> bool:

@@ -294,7 +294,8 @@ def fit(
             metrics.write(done, **values)
             progress.update(done, values)
             _check_eval_loss(done, values)
-            if before is not None and skipped is None and values["learning_rate"] > 0:
+            applied = skipped is None and math.isfinite(values["grad_norm"])
+            if before is not None and applied and values["learning_rate"] > 0:
                 if (remark := unchanged(before, state.lora)) is not None:
                     progress.note(remark)
                 before = None

@@ -14,7 +14,7 @@ from jaxtune import memory
 from jaxtune.config import RunConfig
 from jaxtune.config_io import load_config
 from jaxtune.export import load_peft_adapter
-from jaxtune.metrics import read_metrics
+from jaxtune.metrics import Progress, read_metrics
 
 PROMPT = "What colour is the sky?"
 # Put before every other module by its name: Python imports a sitecustomize when it starts. torch is hidden where it is
@@ -199,7 +199,15 @@ def test_auto_takes_the_first_policy_that_fits(
 
 
 @pytest.mark.parametrize("sections", SMOKE.values(), ids=SMOKE.keys())
-def test_settings_run(sections: dict[str, dict[str, Any]], tmp_path: Path, write_run: WriteRun, run_main: Main) -> None:
+def test_settings_run(
+    sections: dict[str, dict[str, Any]],
+    tmp_path: Path,
+    write_run: WriteRun,
+    run_main: Main,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    notes: list[str] = []
+    monkeypatch.setattr(Progress, "note", lambda self, text: notes.append(text))
     config = write_run(**sections | {name: few | sections.get(name, {}) for name, few in FEW.items()})
     status, err = run_main("--config", config)
     assert status == 0, err
@@ -207,6 +215,8 @@ def test_settings_run(sections: dict[str, dict[str, Any]], tmp_path: Path, write
     assert all(np.isfinite(record["loss"]) for record in records if "loss" in record)
     held_out = [record["eval_loss"] for record in records if "eval_loss" in record]
     assert held_out[-1] < held_out[0]
+    assert notes
+    assert not [note for note in notes if "did not change" in note]
     _, lora = load_peft_adapter(tmp_path / "out" / "adapter")
     wanted = load_config(config).lora
     assert (lora.dtype, lora.use_rslora, lora.target_modules) == (

@@ -349,6 +349,7 @@ def test_same_run_may_go_on_even_where_files_have_moved() -> None:
     moved = a_run(
         model=ModelConfig("/elsewhere/base"),
         data=DataConfig("/elsewhere/t.jsonl"),
+        lora=LoraConfig(start_from="/elsewhere/adapter"),
         output=OutputConfig("runs/b", save_steps=1),
         train=TrainConfig(logging_steps=7, remat="none"),
     )
