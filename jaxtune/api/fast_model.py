@@ -136,7 +136,9 @@ class FastLanguageModel:
             base = adapted_base(base, adapter)
             lora, lora_config, tokenizer = load_adapter(adapter, base)
             lora = jax.device_put(lora)
-        base = dataclasses.replace(base, tokenizer=on_host(tokenizer))
+        given = on_host(tokenizer)
+        own = None if tokenizer is base.tokenizer else given
+        base = dataclasses.replace(base, tokenizer=given, own_tokenizer=own)
         model = Model(config, base, base.load(), max_seq_length, lora_config, lora, memory_limit=memory_limit)
         return model, base.tokenizer
 

@@ -270,6 +270,7 @@ class Model:
             tokenizer,
             modules=self.base.modules,
             hf_config=self.base.hf_config,
+            vocabulary=None if self.base.own_tokenizer is None else tokenizer,
             **settings,
         )
 

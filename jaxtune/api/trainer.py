@@ -155,7 +155,10 @@ class SFTTrainer:
         train_data, eval_data = self._datasets()
         config = self.run_config(train_data)
         model = self.model
-        base = dataclasses.replace(model.base, tokenizer=self.tokenizer, load=lambda place=None: model.frozen)
+        own = None if model.base.own_tokenizer is None else self.tokenizer
+        base = dataclasses.replace(
+            model.base, tokenizer=self.tokenizer, own_tokenizer=own, load=lambda place=None: model.frozen
+        )
         # The step works in place: it gets a copy.
         lora = None if model.lora is None else jax.tree.map(jnp.copy, model.lora)
         resume: Any = resume_from_checkpoint or False

@@ -31,6 +31,7 @@ def export_live(
     *,
     modules: Mapping[str, np.ndarray] | None = None,
     hf_config: Mapping[str, Any] | None = None,
+    vocabulary: PreTrainedTokenizerFast | None = None,
     file_types: Sequence[str] = (),
     overwrite: bool = False,
 ) -> Path:
@@ -43,7 +44,7 @@ def export_live(
         target: merged (dense bfloat16 safetensors), merged-4bit (bitsandbytes NF4) or gguf.
         source: the base model's files. frozen, lora, lora_config: see CONTRIBUTING; no adapter is {} and None.
         tokenizer: saved beside safetensors.
-        modules, hf_config: see `Subject`.
+        modules, hf_config, vocabulary: see `Subject`, whose tokenizer the last is.
         file_types: of GGUF files, one each. overwrite: replace what is at `directory`.
 
     Raises:
@@ -53,9 +54,8 @@ def export_live(
     directory = Path(directory)
     with user_errors(), atomic_directory(directory, overwrite=overwrite) as temporary:
         scaling = 1.0 if lora_config is None else adaptation(lora_config).scaling
-        subject = Subject(
-            open_checkpoint(source.path), dict(frozen), jax.device_get(dict(lora)), scaling, modules or {}, hf_config
-        )
+        of_adapter = jax.device_get(dict(lora)), scaling, modules or {}, hf_config, vocabulary
+        subject = Subject(open_checkpoint(source.path), dict(frozen), *of_adapter)
         if target == "gguf":
             write_ggufs(temporary, subject, "dequantized", file_types, directory.name, tokenizer)
         elif target == "merged-4bit":
