@@ -68,6 +68,8 @@ def command(shared: Path) -> Command:
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "XLA_", "JAX_"))}
         # A tiny program compiles faster than JAX thinks worth keeping.
         settings = {"JAX_PLATFORMS": "cpu", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+        # Those that this process computes with, so that both compute the same bits.
+        settings["XLA_FLAGS"] = os.environ["XLA_FLAGS"]
         settings["HF_HOME"] = str(shared / "hf")
         paths = [environment.pop("PYTHONPATH", None), str(ROOT), kept.get("PYTHONPATH")]
         settings["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
