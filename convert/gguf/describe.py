@@ -148,9 +148,7 @@ def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
         metadata |= {"rope.scaling.type": kind, "rope.scaling.factor": float(rope["factor"])}
     if kind == "yarn":
         if rope.get("truncate") is False:
-            raise NotImplementedError(
-                "llama.cpp rounds the bounds of yarn's ramp; rope_scaling.truncate cannot be false"
-            )
+            raise NotImplementedError("config.json: yarn's truncate is false, which GGUF cannot say")
         metadata["rope.scaling.original_context_length"] = int(_original_context(config, rope))
         for name in ("beta_fast", "beta_slow"):
             if rope.get(name) is not None:

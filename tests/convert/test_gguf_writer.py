@@ -120,6 +120,9 @@ def test_nothing_is_left_of_a_file_that_fails(tmp_path: Path) -> None:
     dynamic = {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}
     with pytest.raises(NotImplementedError, match="rope type 'dynamic'"):
         block_cases.write(tmp_path / "model.gguf", config | dynamic, tensors, file_type="F32")
+    whole = {"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "truncate": False}}
+    with pytest.raises(NotImplementedError, match="truncate is false"):
+        block_cases.write(tmp_path / "model.gguf", config | whole, tensors, file_type="F32")
 
 
 TEXTS = ("Hello wor1d, it's 12345  spaces\n\n\ttabs <|im_start|>user\n", "na\u00efve \u4f60\u597d \U0001f999 C++", "")

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from runs import save_model
 
+from jaxtune import FastLanguageModel
 from jaxtune.base import BaseModel, find_base
 from jaxtune.config import DataConfig, LoraConfig, ModelConfig, OutputConfig, RunConfig, TrainConfig
 from jaxtune.config_io import dump_yaml
@@ -110,5 +111,7 @@ def test_exports_have_the_adapters_tokenizer(made: Made, tmp_path: Path) -> None
         written = export_run(tmp_path, ExportConfig(target, tmp_path / target, verify=False))
         assert TOKEN in load_tokenizer(dataclasses.replace(before.source, path=written)).get_vocab()
     written = export_run(tmp_path, ExportConfig("gguf", tmp_path / "out", file_types=("F16",), verify=False))
-    source = dataclasses.replace(before.source, path=written / "out-F16.gguf")
-    assert TOKEN in load_tokenizer(source).get_vocab()
+    model, _ = FastLanguageModel.from_pretrained(config.lora.start_from, dtype="float32")
+    model.save_pretrained_gguf(tmp_path / "live", quantization_method="f16")
+    for path in (written / "out-F16.gguf", tmp_path / "live" / "live-F16.gguf"):
+        assert TOKEN in load_tokenizer(dataclasses.replace(before.source, path=path)).get_vocab()
