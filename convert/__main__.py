@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from transformers import PreTrainedTokenizerFast
 
 from convert import bnb4bit
 from convert.checkpoint import Checkpoint, open_checkpoint
@@ -22,7 +23,7 @@ from convert.gguf.mixture import FILE_TYPES
 from convert.gguf.writer import write_gguf
 from convert.inspect import inspect
 from convert.merge import DTYPES, adapter_scaling, base_values, merged
-from convert.output import atomic_directory, tokenizer_of, write_description
+from convert.output import atomic_directory, saved_tokenizer, tokenizer_of, write_description
 from convert.peft import load_adapter
 from convert.peft_modules import load_modules, placed
 from convert.progress import Progress
@@ -51,7 +52,7 @@ def _to_safetensors(options: argparse.Namespace) -> None:
     infos, read, model = _tensors(checkpoint, options, dtype)
     with atomic_directory(options.out, overwrite=options.overwrite) as directory:
         write_model(directory, infos, read, max_shard_bytes=options.max_shard_bytes)
-        write_description(directory, model, dtype=dtype)
+        write_description(directory, model, dtype=dtype, tokenizer=_own_tokenizer(options))
 
 
 def _to_4bit(options: argparse.Namespace) -> None:
@@ -73,7 +74,8 @@ def _to_4bit(options: argparse.Namespace) -> None:
         quantization = bnb4bit.quantization_config(compute_dtype=dtype.name, double_quant=double_quant)
     with atomic_directory(options.out, overwrite=options.overwrite) as directory:
         write_model(directory, infos, read, max_shard_bytes=options.max_shard_bytes, keep_order=quantises)
-        write_description(directory, model, dtype=dtype, quantization=quantization)
+        own = _own_tokenizer(options)
+        write_description(directory, model, dtype=dtype, quantization=quantization, tokenizer=own)
 
 
 def _stored_parts(checkpoint: Checkpoint, name: str, load: Load) -> Iterable[tuple[str, np.ndarray]]:
@@ -86,7 +88,7 @@ def _to_gguf(options: argparse.Namespace) -> None:
     refuse_existing([Path(options.out)], overwrite=options.overwrite)
     checkpoint = open_checkpoint(options.model)
     infos, read, model = _tensors(checkpoint, options, DTYPES["fp32"])
-    tokenizer = tokenizer_of(checkpoint)
+    tokenizer = _own_tokenizer(options) or tokenizer_of(checkpoint)
     write_gguf(
         options.out, model.hf_config, infos, read, tokenizer, file_type=options.type, overwrite=options.overwrite
     )
@@ -104,6 +106,11 @@ def _adapter_to_gguf(options: argparse.Namespace) -> None:
         file_type=options.type,
         overwrite=options.overwrite,
     )
+
+
+def _own_tokenizer(options: argparse.Namespace) -> PreTrainedTokenizerFast | None:
+    """The tokenizer that was saved beside the adapter, if there is one."""
+    return None if options.adapter is None else saved_tokenizer(Path(options.adapter))
 
 
 def _adapter(checkpoint: Checkpoint, directory: str, *, allow_modules: bool = False) -> tuple[dict[str, Any], float]:

@@ -60,7 +60,12 @@ def atomic_directory(path: str | os.PathLike[str], *, overwrite: bool = False) -
 
 
 def write_description(
-    directory: Path, checkpoint: Checkpoint, *, dtype: np.dtype | str, quantization: Mapping[str, Any] | None = None
+    directory: Path,
+    checkpoint: Checkpoint,
+    *,
+    dtype: np.dtype | str,
+    quantization: Mapping[str, Any] | None = None,
+    tokenizer: PreTrainedTokenizerFast | None = None,
 ) -> None:
     """Write config.json, and the checkpoint's tokenizer and generation config, into a new model directory.
 
@@ -69,6 +74,7 @@ def write_description(
         checkpoint: the model that the weights came from.
         dtype: of the weights.
         quantization: config.json's quantization_config, if they are packed.
+        tokenizer: an adapter's own, in place of the checkpoint's.
 
     Raises:
         NotImplementedError: rotary factors of a GGUF file that no Hugging Face config can state.
@@ -89,10 +95,12 @@ def write_description(
             for file in checkpoint.path.glob(pattern):
                 if file.is_file():
                     shutil.copyfile(file, directory / file.name)
-        return
-    checkpoint.gguf.build_tokenizer().save_pretrained(directory)
-    ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in config}
-    (directory / "generation_config.json").write_text(json.dumps(ids, indent=2) + "\n", encoding="utf-8")
+    else:
+        tokenizer = tokenizer or checkpoint.gguf.build_tokenizer()
+        ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in config}
+        (directory / "generation_config.json").write_text(json.dumps(ids, indent=2) + "\n", encoding="utf-8")
+    if tokenizer is not None:
+        tokenizer.save_pretrained(directory)
 
 
 def tokenizer_of(checkpoint: Checkpoint) -> PreTrainedTokenizerFast | dict[str, Any]:
@@ -103,9 +111,20 @@ def tokenizer_of(checkpoint: Checkpoint) -> PreTrainedTokenizerFast | dict[str, 
     """
     if checkpoint.gguf is not None:
         return {key: value for key, value in checkpoint.gguf.metadata.items() if key.startswith("tokenizer.")}
-    directory = checkpoint.path
+    tokenizer = saved_tokenizer(checkpoint.path)
+    if tokenizer is None:
+        raise ValueError(f"{checkpoint.path}: tokenizer.json is missing; save the model's fast tokenizer beside it")
+    return tokenizer
+
+
+def saved_tokenizer(directory: Path) -> PreTrainedTokenizerFast | None:
+    """The tokenizer in a directory, a model's or an adapter's; None where there is none.
+
+    Raises:
+        ValueError: it is damaged.
+    """
     if not (directory / "tokenizer.json").is_file():
-        raise ValueError(f"{directory}: tokenizer.json is missing; save the model's fast tokenizer beside it")
+        return None
     try:
         return PreTrainedTokenizerFast.from_pretrained(directory, local_files_only=True)
     except Exception as error:  # the library raises Exception itself

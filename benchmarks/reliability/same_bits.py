@@ -60,8 +60,9 @@ def differences(run: Path, first: Path, steps: int) -> tuple[list[str], int]:
 
 
 def step_seconds(run: Path) -> float:
-    """The median of its steps after the third."""
-    return statistics.median([r["step_seconds"] for r in read_metrics(run / "metrics.jsonl") if "loss" in r][3:])
+    """The median of its steps after the third; of fewer, the last one."""
+    seconds = [record["step_seconds"] for record in read_metrics(run / "metrics.jsonl") if "loss" in record]
+    return statistics.median(seconds[3:] or seconds[-1:])
 
 
 def main() -> int:

@@ -71,7 +71,7 @@ def write_merged(directory: Path, subject: Subject, base: Base, dtype: str) -> l
     """Dense safetensors that transformers loads."""
     infos, read = _tensors(subject, base, DTYPES[dtype], directory)
     write_model(directory, infos, read)
-    _describe(directory, subject, DTYPES[dtype])
+    write_description(directory, subject.model, dtype=DTYPES[dtype], tokenizer=subject.tokenizer)
     return [Written(directory, False, _precision(base, "16 bits"))]
 
 
@@ -81,7 +81,9 @@ def write_merged_4bit(directory: Path, subject: Subject, base: Base, dtype: str)
     infos, read = bnb4bit.packed_model(infos, read, {slot.name for slot in _slots(subject) if slot.is_linear})
     write_model(directory, infos, read, keep_order=True)
     quantization = bnb4bit.quantization_config(compute_dtype=DTYPES[dtype].name)
-    _describe(directory, subject, DTYPES[dtype], quantization)
+    write_description(
+        directory, subject.model, dtype=DTYPES[dtype], quantization=quantization, tokenizer=subject.tokenizer
+    )
     return [Written(directory, True, "quantised")]
 
 
@@ -122,7 +124,7 @@ def write_flax(directory: Path, subject: Subject) -> list[Written]:
     variables = {"params": jax.device_get(without_int8(subject.frozen, dtype))}
     variables |= {"lora": subject.lora} if subject.lora else {}
     flax_tree.save_tree(directory, variables, lora_scaling=subject.scaling if subject.lora else None)
-    _describe(directory, subject, dtype)
+    write_description(directory, subject.model, dtype=dtype, tokenizer=subject.tokenizer)
     return [Written(directory, True, "exact")]
 
 
@@ -139,14 +141,6 @@ def _tensors(
         values = placed(base_values(subject.checkpoint, "original"), subject.modules, base_slots)
     infos, read = merged(_slots(subject), values, subject.lora, subject.scaling, dtype)
     return infos, Progress(f"write {path.name}" if path.suffix == ".gguf" else "write", len(infos)).watch(read)
-
-
-def _describe(
-    directory: Path, subject: Subject, dtype: np.dtype, quantization: Mapping[str, Any] | None = None
-) -> None:
-    write_description(directory, subject.model, dtype=dtype, quantization=quantization)
-    if subject.tokenizer is not None:
-        subject.tokenizer.save_pretrained(directory)
 
 
 def _slots(subject: Subject) -> list[Slot]:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from runs import save_model
 
+from convert.__main__ import main as convert
 from jaxtune import FastLanguageModel
 from jaxtune.base import BaseModel, find_base
 from jaxtune.config import DataConfig, LoraConfig, ModelConfig, OutputConfig, RunConfig, TrainConfig
@@ -102,7 +103,7 @@ def test_a_batch_is_run_again_with_the_same_model(made: Made, tmp_path: Path) ->
     assert rows == [base.tokenizer.decode(batch["tokens"][0, 0])]
 
 
-def test_exports_have_the_adapters_tokenizer(made: Made, tmp_path: Path) -> None:
+def test_what_is_written_has_the_adapters_tokenizer(made: Made, tmp_path: Path) -> None:
     config, before, _ = made
     assert config.lora.start_from is not None
     shutil.copytree(config.lora.start_from, tmp_path / "adapter")
@@ -113,5 +114,9 @@ def test_exports_have_the_adapters_tokenizer(made: Made, tmp_path: Path) -> None
     written = export_run(tmp_path, ExportConfig("gguf", tmp_path / "out", file_types=("F16",), verify=False))
     model, _ = FastLanguageModel.from_pretrained(config.lora.start_from, dtype="float32")
     model.save_pretrained_gguf(tmp_path / "live", quantization_method="f16")
-    for path in (written / "out-F16.gguf", tmp_path / "live" / "live-F16.gguf"):
+    arguments = [str(before.source.path), "--adapter", config.lora.start_from, "--out"]
+    assert convert(["to-gguf", *arguments, str(tmp_path / "f.gguf"), "--type", "F16"]) == 0
+    assert convert(["to-4bit", *arguments, str(tmp_path / "4bit")]) == 0
+    ggufs = written / "out-F16.gguf", tmp_path / "live" / "live-F16.gguf", tmp_path / "f.gguf"
+    for path in (*ggufs, tmp_path / "4bit"):
         assert TOKEN in load_tokenizer(dataclasses.replace(before.source, path=path)).get_vocab()
