@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from jaxtune.base import BaseModel
 from jaxtune.config import LoraConfig
@@ -39,6 +40,8 @@ def start_from(config: LoraConfig, base: BaseModel) -> tuple[BaseModel, Any]:
             f"lora.start_from {config.start_from}: the run's settings are not the adapter's; set "
             + ", ".join(f"lora.{name} to {_shown(getattr(found, name))}" for name in differing)
         )
+    if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(lora)):
+        raise UserError(f"lora.start_from {config.start_from}: the adapter holds NaN or infinities; name another one")
     lora = jax.tree.map(lambda leaf: jax.numpy.asarray(leaf, DTYPES[config.dtype]), lora)
     own = None if tokenizer is base.tokenizer else tokenizer
     return dataclasses.replace(base, tokenizer=tokenizer, own_tokenizer=own), lora

@@ -93,7 +93,7 @@ def load_peft_adapter(
         lora_alpha=fields.get("lora_alpha", 8),
         lora_dropout=fields.get("lora_dropout", 0.0),
         target_modules=tuple(name for name in LINEARS if name in targets),
-        use_rslora=fields.get("use_rslora", False),
+        use_rslora=bool(fields.get("use_rslora")),
         dtype=dtype,
     )
     return lora, config

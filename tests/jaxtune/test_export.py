@@ -79,9 +79,10 @@ def test_peft_computes_the_same_update(tmp_path: Path) -> None:
 
 def test_half_precision_adapters_become_float32(tmp_path: Path) -> None:
     half = jax.tree.map(lambda leaf: np.asarray(leaf, np.float16), random_lora(LoraConfig(r=3)))
-    adapters.save_adapter(tmp_path, half, {"r": 3, "lora_alpha": 3, "base_model_name_or_path": "x"})
+    fields = {"r": 3, "lora_alpha": 3, "base_model_name_or_path": "x", "use_rslora": None}
+    adapters.save_adapter(tmp_path, half, fields)
     lora, config = load_peft_adapter(tmp_path)
-    assert config.dtype == "fp32"
+    assert (config.dtype, config.use_rslora) == ("fp32", False)
     for one, other in zip(jax.tree.leaves(lora), jax.tree.leaves(half), strict=True):
         assert one.dtype == np.float32
         np.testing.assert_array_equal(one, other)

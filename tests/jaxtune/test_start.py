@@ -89,6 +89,17 @@ def test_a_run_is_not_its_adapter(made: Made, tmp_path: Path) -> None:
         start_from(dataclasses.replace(config.lora, start_from=str(tmp_path)), base)
 
 
+def test_an_adapter_that_is_not_finite_is_refused(made: Made, tmp_path: Path) -> None:
+    config, base, _ = made
+    tree = jax.device_get(init_lora(config.lora, base.decoder))
+    leaf = np.array(tree["layers"]["mlp"]["up_proj"]["lora_B"])
+    tree["layers"]["mlp"]["up_proj"]["lora_B"] = leaf
+    leaf[-1, 0, 0] = np.nan
+    save_peft_adapter(tmp_path / "adapter", tree, config.lora, base.source)
+    with pytest.raises(UserError, match=r"adapter: the adapter holds NaN or infinities; name another one"):
+        start_from(dataclasses.replace(config.lora, start_from=str(tmp_path / "adapter")), base)
+
+
 def test_a_batch_is_run_again_with_the_same_model(made: Made, tmp_path: Path) -> None:
     config, before, _ = made
     (tmp_path / "config.yaml").write_text(dump_yaml(config))
