@@ -127,7 +127,7 @@ def timed(model: str, remat: str, length: int, meshes: list[dict[str, int]], ste
             state, scalars = placed.step(state, placed.frozen, placed.batch)
             losses.append(float(scalars["loss"]))
             seconds.append(time.perf_counter() - begun)
-        median = statistics.median(seconds[2:])
+        median = statistics.median(seconds[2:] or seconds[-1:])
         config = dataclasses.replace(run_config(case), mesh=MeshConfig(**axes))  # type: ignore[arg-type]
         sent = sent_bytes(step_collectives(config, MODELS[model], jnp.dtype(jnp.bfloat16), remat), config)
         row = {
@@ -157,7 +157,8 @@ def main() -> int:
     parser.add_argument("--remat", default="full")
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--axes", nargs="+", default=["data", "fsdp", "tensor", "sequence"])
+    axes = ["data", "fsdp", "tensor", "sequence"]
+    parser.add_argument("--axes", nargs="+", choices=axes, default=axes)
     options = parser.parse_args()
     limit_memory(None)
     count = jax.device_count()
