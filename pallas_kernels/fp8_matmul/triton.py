@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
@@ -21,6 +20,7 @@ from pallas_kernels._triton import WHOLE, interpreting, triton_call
 from pallas_kernels.fp8_matmul.reference import E4M3
 from pallas_kernels.fp8_matmul.xla import block_scales
 from pallas_kernels.nf4 import NF4_TABLE, NF4Layer, NF4Tensor
+from pallas_kernels.nf4.tensor import as_layer
 from pallas_kernels.nf4.triton import unsupported_reason as decode_reason
 
 # Elements that one program decodes; of a transposed weight in tiles of so many rows, which are written beside each
@@ -55,8 +55,7 @@ def decode_triton(weights: list[Any], transposed: bool) -> tuple[Array, Array]:
 def _decode_into(
     scratch: Array | None, w: NF4Tensor | NF4Layer, shape: tuple[int, int], first: int, transposed: bool
 ) -> tuple[Array, Array]:
-    if isinstance(w, NF4Tensor):
-        w = NF4Layer(jax.tree.map(lambda leaf: leaf[None], w), np.int32(0))
+    w = as_layer(w)
     stack, (n, k) = w.stack, w.shape
     block, factors_and_rows = stack.block_size, block_scales(w.picked())
     tile_columns = block if transposed else _power_of_two_divisor(k, _TILE)

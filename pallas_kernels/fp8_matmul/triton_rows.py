@@ -31,6 +31,8 @@ def quantize_reason(x: Array) -> str | None:
     """Why rows like x's cannot be rounded here, or None."""
     if x.shape[-1] > _MAX_WIDTH:
         return f"rows of {x.shape[-1]} elements are too wide: at most {_MAX_WIDTH} fit the registers"
+    if 2**31 < x.size <= 2**32:
+        return f"{x.size} bytes of results are more than offsets of 32 bits reach"
     return row_kernel_reason(x)
 
 

@@ -79,3 +79,16 @@ class NF4Layer:
     def picked(self) -> NF4Tensor:
         """The weight on its own. XLA fuses the choice into the decoding; before a kernel it is a copy."""
         return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, self.index, keepdims=False), self.stack)
+
+
+def as_layer(weight: NF4Tensor | NF4Layer) -> NF4Layer:
+    """A weight as Triton's kernels read it: of a stack, at an index.
+
+    Of stacks of 2 to 4 GiB of codes, as of a 70B model's square linears, one weight is copied out and read there:
+    Pallas addresses arrays of up to 4 GiB with offsets of 32 bits, which Triton takes as signed.
+    """
+    if isinstance(weight, NF4Layer):
+        if not 2**31 < weight.stack.codes.size <= 2**32:
+            return weight
+        weight = weight.picked()
+    return NF4Layer(jax.tree.map(lambda leaf: leaf[None], weight), np.int32(0))

@@ -20,7 +20,7 @@ from jax.experimental.pallas import triton as plt
 
 from pallas_kernels._triton import WHOLE, gpu_reason, triton_call
 from pallas_kernels.nf4.reference import DYNAMIC_MAP, NF4_TABLE
-from pallas_kernels.nf4.tensor import NF4Layer, NF4Tensor
+from pallas_kernels.nf4.tensor import NF4Layer, NF4Tensor, as_layer
 
 # Elements that one program decodes, of blocks that follow each other, and its warps.
 _TILE, _WARPS = 4096, 4
@@ -52,8 +52,7 @@ def decode_into(
             elements are undefined.
         t: one weight [n, k], on its own or in its stack, with first_row + n <= rows and k <= columns.
     """
-    if isinstance(t, NF4Tensor):
-        t = NF4Layer(jax.tree.map(lambda leaf: leaf[None], t), np.int32(0))
+    t = as_layer(t)
     stack, (n, k) = t.stack, t.shape
     block = stack.block_size
     half, per_row = block // 2, k // block

@@ -24,7 +24,7 @@ from jax.experimental.pallas import triton as plt
 
 from pallas_kernels._triton import WHOLE, masked_span, triton_call
 from pallas_kernels.nf4.reference import DYNAMIC_MAP
-from pallas_kernels.nf4.tensor import NF4Layer, NF4Tensor
+from pallas_kernels.nf4.tensor import NF4Layer, NF4Tensor, as_layer
 from pallas_kernels.nf4.triton import decode_into, decoded_scales, rounded
 from pallas_kernels.nf4.triton import unsupported_reason as decode_reason
 from pallas_kernels.nf4_matmul.lookup import table_of, table_values
@@ -76,11 +76,7 @@ def _product(x: Array, w: NF4Tensor | NF4Layer, weight_axis: int) -> Array:
 def fused_product(x: Array, w: NF4Tensor | NF4Layer, dtype: Any = None) -> Array:
     """[M, K] -> [M, N], the weight decoded in the kernel; for x that `can_fuse`. dtype: of the result, or None for x's
     own."""
-    return fused_row(x, [w], dtype=dtype) if x.shape[0] == 1 else _few_rows(x, _in_stack(w), dtype or x.dtype)
-
-
-def _in_stack(w: NF4Tensor | NF4Layer) -> NF4Layer:
-    return NF4Layer(jax.tree.map(lambda leaf: leaf[None], w), np.int32(0)) if isinstance(w, NF4Tensor) else w
+    return fused_row(x, [w], dtype=dtype) if x.shape[0] == 1 else _few_rows(x, as_layer(w), dtype or x.dtype)
 
 
 def _operands(x: Array, w: NF4Layer, table: np.ndarray) -> list[Array]:
@@ -126,7 +122,7 @@ def fused_row(
     ups: of each weight a matrix [N, R] that is added along the contraction, or None. low: [1, sum of R], what the ups
     are multiplied by, in their order. dtype: of the result, or None for x's own.
     """
-    layers = [_in_stack(w) for w in weights]
+    layers = [as_layer(w) for w in weights]
     ups, k = ups or [None] * len(layers), x.shape[1]
     members: list[tuple[NF4Tensor, int, int, int, int, int, int, int]] = []
     operands: list[Any] = []

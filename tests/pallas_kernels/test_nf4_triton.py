@@ -10,6 +10,7 @@ import pytest
 from pallas_kernels._device import compute_capability, lower_for_cuda
 from pallas_kernels._triton import interpreted
 from pallas_kernels.nf4 import NF4Layer, dequantize, dequantize_into, quantize
+from pallas_kernels.nf4.tensor import as_layer
 from pallas_kernels.nf4.triton import decode_into, unsupported_reason
 
 CASES = {
@@ -80,3 +81,12 @@ def test_reasons() -> None:
     assert "stack" in (unsupported_reason(stack) or "")
     if compute_capability() is None:
         assert unsupported_reason(NF4Layer(stack, jnp.int32(0))) == "it needs an NVIDIA GPU"
+
+
+@pytest.mark.parametrize(("layers", "copied"), [(64, False), (80, True), (160, False)])
+def test_stacks_beyond_signed_offsets_are_read_by_the_weight(layers: int, copied: bool) -> None:
+    """80 weights of 8192 x 8192 take 2.7 GB of codes, which offsets of 32 bits with a sign do not reach."""
+    stack = jax.eval_shape(lambda: quantize(jnp.zeros((layers, 8192, 8192), jnp.bfloat16)))
+    index = jax.ShapeDtypeStruct((), jnp.int32)
+    read = jax.eval_shape(lambda stack, index: as_layer(NF4Layer(stack, index)), stack, index)
+    assert read.stack.codes.shape[0] == (1 if copied else layers)
