@@ -24,7 +24,7 @@ SYSTEMS = {OURS: "#0b7a75", XLA: "#94a3b8", "unsloth": "#c2410c", "bitsandbytes"
 WORKS = ("forward", "backward", "forward+backward")
 # No result of bfloat16 products is off by this much; a row that is computes something else.
 _WRONG = 0.02
-_WIDTH, _LEFT, _BAR, _GAP = 760, 330, 9, 10
+_WIDTH, _LEFT, _BAR, _GAP = 800, 370, 9, 10
 
 Row = Mapping[str, Any]
 
