@@ -15,9 +15,9 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from pallas_kernels._device import compute_capability
-from pallas_kernels._triton import WHOLE, interpreting, triton_call
+from pallas_kernels._triton import WHOLE, triton_call
 from pallas_kernels.fp8_matmul.reference import E4M3
+from pallas_kernels.fp8_matmul.triton_rows import e4m3_reason
 from pallas_kernels.fp8_matmul.xla import block_scales
 from pallas_kernels.nf4 import NF4_TABLE, NF4Layer, NF4Tensor
 from pallas_kernels.nf4.tensor import as_layer
@@ -32,12 +32,7 @@ def unsupported_reason(w: Any) -> str | None:
     """Why a weight cannot be decoded by this kernel on this device, or None."""
     if not isinstance(w, NF4Tensor | NF4Layer):
         return "a dense weight has nothing to decode"
-    if (reason := decode_reason(w)) is not None or interpreting():
-        return reason
-    capability = compute_capability()
-    assert capability is not None, "decode_reason asks for a GPU"
-    # Triton ends the process where it cannot convert.
-    return None if capability >= 8.9 else f"e4m3 needs compute capability 8.9 or newer (Ada), this GPU has {capability}"
+    return decode_reason(w) or e4m3_reason()
 
 
 def decode_triton(weights: list[Any], transposed: bool) -> tuple[Array, Array]:

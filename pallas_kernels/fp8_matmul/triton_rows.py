@@ -3,8 +3,8 @@
 Why they exist: XLA reads a row once for its largest value and once more to round it; here it stays in registers. And
 what cuBLASLt leaves is multiplied by two scales and then added to by an adapter's product, each a pass over the largest
 arrays of a layer; here both are one pass, in place. Numerics: rows as the reference's, but for the last bit of a GPU's
-division; results are scaled and summed in float32 and rounded once, where the separate passes round twice. Refuses rows
-that do not fit the registers.
+division; results are scaled and summed in float32 and rounded once, where the separate passes round twice. Refuses to
+round rows that do not fit the registers, and on GPUs before Ada.
 """
 
 from __future__ import annotations
@@ -17,7 +17,16 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from pallas_kernels._triton import WHOLE, gpu_reason, load_f32, masked_span, row_kernel_reason, triton_call
+from pallas_kernels._device import compute_capability
+from pallas_kernels._triton import (
+    WHOLE,
+    gpu_reason,
+    interpreting,
+    load_f32,
+    masked_span,
+    row_kernel_reason,
+    triton_call,
+)
 from pallas_kernels.fp8_matmul.reference import E4M3, row_scales
 
 _MAX_WIDTH = 32768
@@ -27,13 +36,22 @@ _ELEMENTS_PER_WARP = 1024
 _TILE_ROWS, _TILE_COLUMNS, _STEP, _LEAST_STEP = 128, 128, 64, 16
 
 
+def e4m3_reason() -> str | None:
+    """Why Triton cannot convert to e4m3 here, or None: it ends the process where it cannot."""
+    if (reason := gpu_reason()) is not None or interpreting():
+        return reason
+    capability = compute_capability()
+    assert capability is not None, "gpu_reason asks for a GPU"
+    return None if capability >= 8.9 else f"e4m3 needs compute capability 8.9 or newer (Ada), this GPU has {capability}"
+
+
 def quantize_reason(x: Array) -> str | None:
     """Why rows like x's cannot be rounded here, or None."""
     if x.shape[-1] > _MAX_WIDTH:
         return f"rows of {x.shape[-1]} elements are too wide: at most {_MAX_WIDTH} fit the registers"
     if 2**31 < x.size <= 2**32:
         return f"{x.size} bytes of results are more than offsets of 32 bits reach"
-    return row_kernel_reason(x)
+    return row_kernel_reason(x) or e4m3_reason()
 
 
 def finish_reason() -> str | None:

@@ -182,13 +182,15 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
 
 
 @pytest.mark.parametrize(("capability", "runs"), [(8.0, False), (8.6, False), (8.9, True), (9.0, True)])
-def test_decoding_kernel_is_refused_where_triton_has_no_e4m3(capability: float, runs: bool) -> None:
+def test_kernels_are_refused_where_triton_has_no_e4m3(capability: float, runs: bool) -> None:
+    """Of decoding, and of rounding rows: converting would end the process."""
     weight = quantize(jnp.ones((N, K)))
     with assume_capability(capability), record_choices(trace_as="xla") as choices:
-        jax.eval_shape(lambda: decode_fp8([weight]))
-    (choice,) = choices
-    assert choice.implementation == ("triton" if runs else "xla")
-    assert runs or f"8.9 or newer (Ada), this GPU has {capability}" in dict(choice.refused)["triton"]
+        jax.eval_shape(lambda: (decode_fp8([weight]), quantize_rows(jnp.ones((M, K)))))
+    assert len(choices) == 2
+    for choice in choices:
+        assert choice.implementation == ("triton" if runs else "xla")
+        assert runs or f"8.9 or newer (Ada), this GPU has {capability}" in dict(choice.refused)["triton"]
 
 
 @pytest.mark.parametrize("shape", [(1024, 4096), (96, 576)])
