@@ -27,6 +27,7 @@ ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 # In the order in which a reader comes to them: the first makes the run that the others speak of.
 PAGES = ("first-fine-tune", "generation", "memory", "kernels")
+WITH_CODE = ("generation", "kernels")
 _BLOCK = re.compile(
     r"(?:<!-- (?P<needs>(?:needs|run by): .+?|test-command) -->\n)?```(?P<kind>\w+)\n(?P<text>.*?)```", re.S
 )
@@ -86,22 +87,18 @@ def main_of(module: str):  # type: ignore[no-untyped-def]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", PAGES)
-def test_commands_run(page: str, reader: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for text, needs in blocks(DOCS / f"{page}.md", "bash"):
-        if needs is None:
-            for words in commands(text):
+def test_commands_and_code_run(reader: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One test for all pages, since workers share out tests and what follows speaks of the first page's run."""
+    for page in PAGES:
+        for text, needs in blocks(DOCS / f"{page}.md", "bash"):
+            for words in commands(text) if needs is None else ():
                 run(words, monkeypatch)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("page", ["generation", "kernels"])
-def test_code_runs(page: str, reader: Path) -> None:
-    for number, (text, needs) in enumerate(blocks(DOCS / f"{page}.md", "python")):
-        assert needs is None
-        script = reader / f"{page}-{number}.py"
-        script.write_text(text)
-        runpy.run_path(str(script))
+        for number, (text, needs) in enumerate(blocks(DOCS / f"{page}.md", "python")):
+            if page in WITH_CODE:
+                assert needs is None
+                script = reader / f"{page}-{number}.py"
+                script.write_text(text)
+                runpy.run_path(str(script))
 
 
 def test_options_of_all_commands_exist(capsys: pytest.CaptureFixture[str]) -> None:
