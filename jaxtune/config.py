@@ -126,7 +126,7 @@ class TrainConfig:
     fp8_exclude: linears that fp8 leaves in model.dtype, such as [down_proj]. fp8_exclude_layers: layers whose linears
         it leaves so, by index; negative ones from the end.
     deterministic: have a GPU, too, compute the same bits from the same seed each time. Without it cuDNN's attention,
-        which rows of one document take, adds up gradients in any order, and is faster. A CPU and packed rows repeat
+        which rows of one document take, may add up gradients in another order each time. A CPU and packed rows repeat
         anyway.
     loss_chunk: tokens per chunk of the head and loss; None chooses from the vocabulary.
     logging_steps: updates between printed lines, where there is no terminal; metrics.jsonl has every update.

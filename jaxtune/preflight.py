@@ -70,7 +70,7 @@ def in_any_order(config: RunConfig, decoder: DecoderConfig, device: Device) -> s
     if config.train.deterministic or not cudnn:
         return None
     return (
-        "attention of whole rows adds up gradients in any order, which is faster: another run may differ in rounding "
+        "attention of whole rows may add up gradients in another order each time: another run may differ in rounding "
         "(train.deterministic: true repeats to the bit)"
     )
 

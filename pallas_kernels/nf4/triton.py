@@ -1,8 +1,8 @@
 """NF4 decoding as a Pallas kernel through Triton.
 
 Why it exists: XLA's own decoding reaches half of the memory bandwidth on an H200 and can only make an array of its own;
-this one reaches nearly all of it, decodes double-quantised scales on the way, and can write into part of a wider and
-taller array, so that several weights and their adapters become one operand of one product. Numerics: the reference's,
+this one decodes double-quantised scales on the way, and can write into part of a wider and taller array, so that some
+weights and their adapters become one operand of one product (speed: benchmarks/NOTES.md). Numerics: the reference's,
 to the bit (table values in float32, one rounding; no byte-permute tricks, which round the table first). Refuses weights
 whose rows are not whole blocks.
 """
