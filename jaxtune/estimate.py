@@ -67,9 +67,9 @@ _MASK_BUDGET_BYTES = 512 * 2**20
 # beside the products, in units of F + D: from the step of Llama-3-8B on an H200.
 _RATE_SHARE, _BANDWIDTH_SHARE = 0.75, 0.75
 _TRAFFIC = 53.0
-# What products of 2,048 rows with a packed weight take beyond those of 8,192, which decode it once (H200: 337 us for a
-# quarter of 1,215).
-_IN_PIECES = 0.11
+# What products of 2,048 rows with a packed weight take beyond those of 8,192, which decode it once (H200: 361 us for a
+# quarter of 1,215; benchmarks/results/nvidia-h200/kernels.json).
+_IN_PIECES = 0.19
 # The interpreter, JAX and its libraries in the host's memory.
 _HOST_PROCESS = {"gpu": 2 * 2**30, "cpu": 640 * 2**20}
 

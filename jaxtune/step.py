@@ -256,7 +256,7 @@ def jit_train_step(
 
 
 def _compiler_options(config: StepConfig, platform: str) -> dict[str, bool] | None:
-    """XLA's options for the train step, each with its measured pair in benchmarks/NOTES.md."""
+    """XLA's options for the train step; those for speed have their measured pairs in benchmarks/NOTES.md."""
     if platform != "gpu":
         return None
     # cuBLAS adds the adapter's product to the base's while it writes; XLA's own Triton matmuls do not.
