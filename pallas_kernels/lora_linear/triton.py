@@ -44,8 +44,12 @@ def extended_product(
     tail = tail_width(group, extended=True)
     k = padded.shape[1] - tail
     t = low_rank(padded, stacked_a(group, tail, scaling, padded.dtype), group, dropout_key, dropout_rate)
-    w, extended = extended_columns(group, tail, lax.dynamic_update_slice(padded, t, (0, k)))
-    return with_bias(dot(extended, w, 1), group), t
+    return _product(lax.dynamic_update_slice(padded, t, (0, k)), group, tail), t
+
+
+def _product(extended: Array, group: Group, tail: int) -> Array:
+    w, extended = extended_columns(group, tail, extended)
+    return with_bias(dot(extended, w, 1), group)
 
 
 def narrow_backward(dy: Array, t: Array, group: Group, scaling: float) -> tuple[Array, Array, Array]:
@@ -63,14 +67,15 @@ def _fwd(
     x: Array, group: Group, dropout_key: Array | None, scaling: float, dropout_rate: float
 ) -> tuple[Array, tuple[Any, ...]]:
     tail = tail_width(group, extended=True)
-    y, t = extended_product(jnp.pad(x, ((0, 0), (0, tail))), group, dropout_key, scaling, dropout_rate)
-    return y, (x, t, group, dropout_key)
+    t = low_rank(x, stacked_a(group, tail, scaling, x.dtype), group, dropout_key, dropout_rate)
+    # x stays as it is for the backward pass, so that room behind it would be a copy, and filling that another.
+    return _product(jnp.concatenate([x, t], axis=1), group, tail), (x, t, group, dropout_key)
 
 
 def _bwd(scaling: float, dropout_rate: float, residuals: tuple[Any, ...], dy: Array) -> tuple[Any, ...]:
     x, t, group, dropout_key = residuals
     tail = tail_width(group, extended=True)
-    if len(group) == 1 and (dropout_rate == 0.0 or dropout_key is None):
+    if len(group) == 1 and (dropout_rate == 0.0 or dropout_key is None) and dy.shape[1] <= x.shape[1]:
         dx, dt, d_b = narrow_backward(dy, t, group, scaling)
         return dx, split_gradients(group, scaling * outer(dt, x), d_b), None
     w, dy = extended_columns(group, tail, dy)

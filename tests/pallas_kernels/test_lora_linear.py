@@ -107,12 +107,12 @@ def test_no_gradient_of_a_weights_size_is_made() -> None:
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.4])
-@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("group", [*GROUPS, "one, wide"])
 @pytest.mark.parametrize("implementation", ["xla", "triton"])
 def test_groups_of_packed_layers(implementation: str, group: str, rate: float) -> None:
     """Ranks from 1 to 512, layers without an adapter, biases, dropout of each layer's own."""
     k = 192
-    members = projections(0, k, GROUPS[group], bias=True)
+    members = projections(0, k, GROUPS.get(group, ((256, 8),)), bias=True)
     x = jnp.asarray(np.random.default_rng(1).standard_normal((ROWS, k)), jnp.float32)
     keep = keep_factors(len(members), k, rate) if rate else None
 
