@@ -128,6 +128,19 @@ def rope_cases(small: bool) -> Iterator[Case]:
             wrt=(0, 1),
             headline=name == "llama-3-8b",
         )
+        # A caller that has no use for queries and keys before they are turned; XLA would copy them.
+        yield Case(
+            "rope",
+            f"{name}, in place",
+            b * t,
+            rope,
+            ("triton",),
+            make=make,
+            call=lambda f, *inputs: f(*inputs),
+            reference=lambda q, k, cos, sin: (rope_reference(q, cos, sin), rope_reference(k, cos, sin)),
+            in_place=True,
+            headline=name == "llama-3-8b",
+        )
 
 
 def glu_cases(small: bool) -> Iterator[Case]:
