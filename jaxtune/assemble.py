@@ -11,6 +11,8 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+_PART_BYTES = 2**26
+
 
 def insert(tree: dict[str, Any], path: tuple[str, ...], value: Any, layer: int | None, count: int) -> None:
     """Put an array, or a packed weight, into its place: a leaf of its own, or one layer of a stack of `count`.
@@ -41,11 +43,18 @@ def insert(tree: dict[str, Any], path: tuple[str, ...], value: Any, layer: int |
         raise ValueError("it holds NaN, infinity or numbers beyond the compute dtype; repair it or set model.dtype")
 
 
+def all_finite(tree: Any) -> bool:
+    """Whether all floating-point numbers of a tree are finite; arrays of the host go to the device in parts."""
+    leaves = jax.tree.leaves(tree)
+    host = [leaf for leaf in leaves if isinstance(leaf, np.ndarray)]
+    parts = [part for leaf in host for part in np.array_split(leaf, -(-leaf.nbytes // _PART_BYTES) or 1)]
+    return all(map(_finite, [[leaf for leaf in leaves if not isinstance(leaf, np.ndarray)], *parts]))
+
+
 @jax.jit
-def all_finite(tree: Any) -> jax.Array:
-    """Whether all floating-point numbers of a tree are finite."""
+def _finite(tree: Any) -> jax.Array:
     floats = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.floating)]
-    return functools.reduce(jnp.logical_and, [jnp.isfinite(leaf).all() for leaf in floats])
+    return functools.reduce(jnp.logical_and, [jnp.isfinite(leaf).all() for leaf in floats], jnp.bool_(True))
 
 
 def _of_stack(leaf: Any) -> NamedSharding | None:
@@ -62,4 +71,4 @@ def _store(stack: Any, layer: Any, index: jax.Array, cuts: tuple[NamedSharding |
     for leaf, part, cut in zip(leaves, jax.tree.leaves(layer), cuts, strict=True):
         new = jax.lax.dynamic_update_index_in_dim(leaf, part, index, 0)
         written.append(new if cut is None else jax.lax.with_sharding_constraint(new, cut))
-    return jax.tree.unflatten(structure, written), all_finite(layer)
+    return jax.tree.unflatten(structure, written), _finite(layer)

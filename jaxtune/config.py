@@ -27,8 +27,8 @@ class ModelConfig:
         off (about 1 and 9 % of a weight); not for models whose head is the embedding table.
     double_quant: 8-bit scales (bitsandbytes' bnb_4bit_use_double_quant).
     dtype: compute dtype. auto is bf16 where the hardware has it, fp16 with loss scaling on older GPUs, fp32 on a CPU.
-    embedding_on_host: hold the embedding table in host memory in training, and send the rows that each batch needs;
-        not for models whose head is the same matrix.
+    embedding_on_host: hold the embedding table in host memory, of which the device gets the rows that it needs; not for
+        models whose head is the same matrix.
     """
 
     name_or_path: str

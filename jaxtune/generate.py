@@ -123,6 +123,7 @@ def load_from_arguments(options: argparse.Namespace) -> TextGenerator:
         local_files_only=options.local_files_only,
         load_in_4bit=not options.no_4bit,
         head=options.head,
+        embedding_on_host=options.embedding_on_host,
         dtype=options.dtype,
     )
     cache = OutputConfig("-").compile_cache

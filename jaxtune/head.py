@@ -1,4 +1,4 @@
-"""The output head in fewer bits (`model.head`): which models can have it, and how it is made."""
+"""The output head in fewer bits (`model.head`): how it is made, and which models have a head of its own."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ def small_head(head: Array, config: ModelConfig) -> Head:
 
 
 def held_like(tensor: Array, before: Any) -> Head:
-    """A tensor in the form of the one whose place it takes, which may be a head in fewer bits."""
+    """A tensor in the form of the one whose place it takes: perhaps in fewer bits (a head) or in host memory."""
     if isinstance(before, NF4Tensor):
         return nf4.quantize(tensor, double_quant=before.nested_absmax is not None)
-    return _in_8_bits(tensor) if isinstance(before, Int8Head) else tensor
+    return _in_8_bits(tensor) if isinstance(before, Int8Head) else jax.device_put(tensor, before.sharding)
 
 
 def without_int8(frozen: Mapping[str, Any], dtype: Any) -> Mapping[str, Any]:
@@ -41,7 +41,13 @@ def without_int8(frozen: Mapping[str, Any], dtype: Any) -> Mapping[str, Any]:
 
 
 def check_head(config: ModelConfig, hf_config: Mapping[str, Any], paths: Collection[tuple[str, ...]]) -> None:
-    """Raise UserError where `model.head` asks for what a model with tensors at these paths does not have."""
+    """Raise UserError where `model.head` or `model.embedding_on_host` asks for what a model with tensors at these paths
+    does not have: a head that is not its embedding table."""
+    if config.embedding_on_host and HEAD not in paths:
+        raise UserError(
+            "model.embedding_on_host is true, but this model's head is its embedding table, which the device needs "
+            "whole; set it to false"
+        )
     if config.head == "dtype":
         return
     if HEAD not in paths:

@@ -1,4 +1,8 @@
-"""An embedding table in host memory, of which the device gets the rows that a batch needs."""
+"""An embedding table in host memory (`model.embedding_on_host`), of which the device gets the rows that it needs.
+
+In training they come with the batch, taken by the host while the step before is computed. In generation, where the
+device itself chooses the tokens, it reads them from the host's memory (`jaxtune.models.decoder.embed`).
+"""
 
 from __future__ import annotations
 
@@ -8,21 +12,30 @@ from typing import Any
 import jax
 import ml_dtypes  # noqa: F401  numpy's bfloat16
 import numpy as np
+from jax.sharding import SingleDeviceSharding
+
+# Where the table is in the tree.
+TABLE = ("embed_tokens", "embedding")
+
+
+def with_table_on_host(frozen: Mapping[str, Any]) -> dict[str, Any]:
+    """A frozen tree with its table, which may be a NumPy array, in host memory that the first device can read."""
+    place = SingleDeviceSharding(jax.local_devices()[0], memory_kind="pinned_host")
+    return {**frozen, TABLE[0]: {TABLE[1]: jax.device_put(frozen[TABLE[0]][TABLE[1]], place)}}
 
 
 class HostEmbedding:
-    """The table [V, D] of a frozen tree, taken out of it."""
+    """The table [V, D] of a frozen tree, taken out of it.
+
+    without_table: the tree for the train step. whole: the tree for generation, the table in host memory.
+    """
 
     def __init__(self, frozen: Mapping[str, Any]) -> None:
-        rest = dict(frozen)
-        self._table = np.asarray(rest.pop("embed_tokens")["embedding"])
-        self.without_table = rest
+        self.whole = with_table_on_host(frozen)
+        self.without_table = {name: tree for name, tree in self.whole.items() if name != TABLE[0]}
+        self._table = np.asarray(self.whole[TABLE[0]][TABLE[1]])
         self.nbytes = self._table.nbytes
 
     def with_rows(self, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """The batch and, as `embedded`, the rows [accumulation, B, T, D] of its tokens."""
         return {**batch, "embedded": np.take(self._table, batch["tokens"], axis=0)}
-
-    def whole(self) -> dict[str, Any]:
-        """The frozen tree with the table on the device, for as long as somebody holds it."""
-        return {**self.without_table, "embed_tokens": {"embedding": jax.numpy.asarray(self._table)}}

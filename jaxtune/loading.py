@@ -31,6 +31,7 @@ from jaxtune.config import ModelConfig, RunConfig
 from jaxtune.config_io import MODEL_SUFFIXES, local_path
 from jaxtune.errors import UserError
 from jaxtune.head import HEAD, check_head, small_head
+from jaxtune.host_embedding import TABLE, with_table_on_host
 from pallas_kernels import nf4
 from pallas_kernels.nf4 import NF4Tensor
 
@@ -137,7 +138,8 @@ def load_model(
     """Load a base model onto the default device, or tensor by tensor where `place` puts it (`mesh.placing`).
 
     With `load_in_4bit` the layers' seven linears become NF4, quantised from the weight rounded to `dtype`; the head is
-    what `config.head` says; embedding, norms and biases are held in `dtype`. A bitsandbytes checkpoint is taken as it
+    what `config.head` says; embedding, norms and biases are held in `dtype`, the embedding in host memory with
+    `embedding_on_host`. A bitsandbytes checkpoint is taken as it
     is: packed weights keep their bytes, and linears that it left dense stay dense. Where it packed a linear in some
     layers only, that linear becomes dense in all layers, since a stacked leaf has one form: values stay what they were,
     and the log says what it costs. Without `load_in_4bit` packed weights are decoded.
@@ -165,6 +167,8 @@ def load_model(
     frozen: dict[str, Any] = {}
     count = checkpoint.hf_config["num_hidden_layers"]
     bytes_read = 0
+    # The largest first: what is needed to put it into fewer bits is free again when the others come.
+    loads.sort(key=lambda load: load.slot.path != HEAD)
     for done, load in enumerate(loads, 1):
         with user_errors(f"{source.name}: {load.slot.name}: "):
             if load.slot.path == HEAD:
@@ -172,13 +176,17 @@ def load_model(
             elif load.slot.path in packed_paths:
                 value = _packed(checkpoint.weight(load), dtype, config.double_quant)
             else:
-                value = _dense(checkpoint.weight(load), dtype)
+                value = _dense(
+                    checkpoint.weight(load), dtype, host=config.embedding_on_host and load.slot.path == TABLE
+                )
             if place is not None:
                 value = place(load.slot.path, value, False)
             insert(frozen, load.slot.path, value, load.slot.layer, count)
         bytes_read += sum(checkpoint.infos[name].nbytes for name in load.sources)
         if progress is not None:
             progress(done, len(loads), bytes_read)
+    if config.embedding_on_host:
+        frozen = with_table_on_host(frozen)
     return LoadedModel(families.completed(checkpoint.hf_config), frozen, source)
 
 
@@ -338,7 +346,11 @@ def _restore(config: ModelConfig, dtype: jnp.dtype, source: Source, place: Place
     if config.load_in_4bit and not any(packed):
         raise UserError(f"{source.path}: its weights were saved dense; set model.load_in_4bit to false")
     keep = [config.load_in_4bit and is_packed for is_packed in packed]
-    placed = [jax.device_put(leaf, may_alias=False) if k else _dense(leaf, dtype) for leaf, k in zip(leaves, keep)]
+    table = tree["params"][TABLE[0]][TABLE[1]] if config.embedding_on_host else None
+    placed = [
+        jax.device_put(leaf, may_alias=False) if k else _dense(leaf, dtype, host=leaf is table)
+        for leaf, k in zip(leaves, keep)
+    ]
     if not all_finite(placed):
         raise UserError(f"{source.path}: it holds NaN or numbers beyond {dtype.name}; set model.dtype as it was saved")
     params = jax.tree.unflatten(structure, placed)
@@ -349,7 +361,7 @@ def _restore(config: ModelConfig, dtype: jnp.dtype, source: Source, place: Place
     if place is not None:
         flat = flatten_dict(params)
         params = unflatten_dict({path: place(path, leaf, path[0] == "layers") for path, leaf in flat.items()})
-    return LoadedModel(hf_config, params, source)
+    return LoadedModel(hf_config, with_table_on_host(params) if config.embedding_on_host else params, source)
 
 
 def _packed_paths(loads: list[Load], prequantised: bool, dtype: jnp.dtype) -> set[tuple[str, ...]]:
@@ -385,8 +397,10 @@ def _packed(value: np.ndarray | NF4Tensor, dtype: jnp.dtype, double_quant: bool)
     return nf4.quantize(value.astype(dtype, copy=False), double_quant=double_quant)
 
 
-def _dense(value: np.ndarray | NF4Tensor, dtype: jnp.dtype) -> jax.Array:
-    """The values in `dtype`, on the device; never a view of the mapped file."""
+def _dense(value: np.ndarray | NF4Tensor, dtype: jnp.dtype, *, host: bool = False) -> Any:
+    """The values in `dtype`, on the device or as an array of the host; never a view of the mapped file."""
     if isinstance(value, NF4Tensor):
-        return jnp.asarray(nf4.dequantize(jax.device_put(value), dtype))
+        value = nf4.dequantize(jax.device_put(value), dtype)
+    if host:
+        return np.array(value, dtype)
     return jax.device_put(value, may_alias=False).astype(dtype)

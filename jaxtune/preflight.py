@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import jax
 
-from jaxtune.config import MeshConfig, ModelConfig, RunConfig, TrainConfig
+from jaxtune.config import MeshConfig, RunConfig, TrainConfig
 from jaxtune.data.dataset import Dataset
 from jaxtune.data.loader import Loader
 from jaxtune.devices import Device, this_device
@@ -38,15 +38,6 @@ def check_vocabulary(datasets: Sequence[Dataset], prompts: Mapping[str, list[int
         raise UserError(
             f"the tokenizer gives token {largest}, but the model's vocabulary has {decoder.vocab_size} entries; "
             "use the tokenizer that belongs to the model"
-        )
-
-
-def check_embedding(config: ModelConfig, decoder: DecoderConfig) -> None:
-    """Raise UserError where the table is to stay on the host, but is the head, too."""
-    if config.embedding_on_host and decoder.tie_word_embeddings:
-        raise UserError(
-            "model.embedding_on_host is true, but this model's head is its embedding table, which the device needs "
-            "whole; set it to false"
         )
 
 
@@ -84,7 +75,6 @@ def check_model(
 ) -> None:
     """Raise UserError for what this model, data or device cannot do, and say what else the user should know."""
     check_vocabulary(datasets, prompts, decoder)
-    check_embedding(config.model, decoder)
     fp8_linears(config.train, decoder)
     for said in (check_compute(config.train, this_device()), in_any_order(config, decoder, this_device())):
         if said is not None:

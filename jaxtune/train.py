@@ -195,7 +195,7 @@ def fit(
     def evaluate() -> dict[str, float]:
         values = held_out(held_out_sets, settings.batch_size, place, eval_step, state.lora, frozen, share)
         if asked and is_first():
-            weights = own_copy(frozen) if embedding is None else embedding.whole()
+            weights = own_copy(frozen) if embedding is None else embedding.whole
             generator = Generator(weights, own_copy(state.lora), decoder, step_config.adaptation, base.dtype)
             values |= match_answers(asked, generator, base.tokenizer, settings.batch_size, settings.eval_answer_tokens)
         return values
@@ -203,7 +203,7 @@ def fit(
     def sample(when: str) -> None:
         if not prompts or not is_first():
             return
-        weights = own_copy(frozen) if embedding is None else embedding.whole()
+        weights = own_copy(frozen) if embedding is None else embedding.whole
         for prompt, ids in prompts.items():
             text = answer(weights, own_copy(state.lora), base.tokenizer, ids, step_config, output.sample_tokens)
             progress.note(f"[{when}] {prompt}\n    {text}")

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import time
 from importlib.metadata import version
 from typing import Any
@@ -82,6 +83,7 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--new", type=int, help="tokens to make instead of the case's")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--wait", action="store_true", help="between loading and timing: for a line of input")
     options = parser.parse_args()
     loading = argparse.Namespace(model=options.model, length=4096, rank=16, checkpointing="none")
     model = (load_unsloth if options.system == "unsloth" else load_hf)(loading)
@@ -91,6 +93,9 @@ def main() -> None:
         FastLanguageModel.for_inference(model)
     model.eval()
     model.config.use_cache = True
+    if options.wait:
+        print("ready", flush=True)
+        sys.stdin.readline()
     versions = {name: version(name) for name in PACKAGES[options.system]}
     for name in options.cases:
         row = measure(model, name, options.new, options.repeats)

@@ -86,6 +86,7 @@ class FastLanguageModel:
         load_in_4bit: bool = True,
         *,
         head: Literal["dtype", "int8", "nf4"] = "dtype",
+        embedding_on_host: bool = False,
         model_name_or_path: str | None = None,
         revision: str | None = None,
         local_files_only: bool = False,
@@ -100,6 +101,7 @@ class FastLanguageModel:
             max_seq_length: tokens of a row in training, where the trainer does not say otherwise.
             dtype: None for what the device is good at; or bfloat16, float16, float32, by name or as torch's or JAX's.
             load_in_4bit: hold the linears as NF4 with double quantisation. head: how the output head is held.
+            embedding_on_host: hold the embedding table in host memory, of which the device reads the rows it needs.
             revision: branch, tag or commit of a hub id. local_files_only: never ask the hub.
             memory_limit: what this process may take of its GPU in all, as in "12GiB"; None for the whole card. Memory
                 is taken as it is needed. To be said before anything else in the process uses JAX.
@@ -107,8 +109,8 @@ class FastLanguageModel:
         Raises:
             UserError: no such model, an argument that would have to change results, or a limit that comes too late.
         """
-        known = ("model_name", "max_seq_length", "dtype", "load_in_4bit", "head", "revision", "local_files_only")
-        settle("from_pretrained", others, FROM_PRETRAINED, (*known, "memory_limit"))
+        known = ("model_name", "max_seq_length", "dtype", "load_in_4bit", "head", "embedding_on_host", "revision")
+        settle("from_pretrained", others, FROM_PRETRAINED, (*known, "local_files_only", "memory_limit"))
         if not isinstance(max_seq_length, int) or max_seq_length < 1:
             raise UserError(
                 f"from_pretrained: max_seq_length={shown(max_seq_length)}; it must be a whole number above 0"
@@ -126,6 +128,7 @@ class FastLanguageModel:
             local_files_only=local_files_only,
             load_in_4bit=load_in_4bit,
             head=head,
+            embedding_on_host=embedding_on_host,
             dtype="auto" if dtype is None else _dtype_name(dtype),
         )
         limit_memory(memory_limit)

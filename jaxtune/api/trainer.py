@@ -24,6 +24,7 @@ from jaxtune.data.loader import Loader
 from jaxtune.data.sources import from_memory
 from jaxtune.errors import UserError, shown
 from jaxtune.evaluation import held_out
+from jaxtune.host_embedding import HostEmbedding
 from jaxtune.lora import init_lora
 from jaxtune.metrics import Progress, read_metrics
 from jaxtune.run_directory import RunDirectory
@@ -186,11 +187,14 @@ class SFTTrainer:
         config, base, mesh = self.run_config(train_data), self.model.base, make_mesh(1, 1, 1)
         step = jit_eval_step(step_settings(config, base.decoder, base.dtype, "none"), mesh)
         lora = init_lora(config.lora, base.decoder) if self.model.lora is None else self.model.lora
+        embedding = HostEmbedding(self.model.frozen) if config.model.embedding_on_host else None
+        frozen = self.model.frozen if embedding is None else embedding.without_table
 
         def place(batch: Any) -> Any:
+            batch = batch if embedding is None else embedding.with_rows(batch)
             return jax.device_put(batch, batch_sharding(mesh))
 
-        return held_out({"eval": eval_data}, config.train.batch_size, place, step, lora, self.model.frozen)
+        return held_out({"eval": eval_data}, config.train.batch_size, place, step, lora, frozen)
 
     def save_model(self, output_dir: str | Path | None = None) -> None:
         """Write the adapter and the tokenizer, to output_dir/adapter of the run if no directory is named, which

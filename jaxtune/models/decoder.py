@@ -28,6 +28,8 @@ Tree = Mapping[str, Any]
 Carry = tuple[Array, Cache | None]
 # What sets layers apart beside their weights: how far their queries see, and what is computed in 8 bits.
 Kind = tuple[int | None, Fp8 | None]
+# Rows of a table in host memory that are on their way at once.
+_ROWS_IN_FLIGHT = 16
 
 
 def embed(
@@ -39,8 +41,22 @@ def embed(
 ) -> Float[Array, "B T D"]:
     """Rows of the embedding table, scaled where the family does so, in the compute dtype; `rows`: if they were taken
     already."""
-    rows = (frozen["embed_tokens"]["embedding"][tokens] if rows is None else rows).astype(dtype)
+    rows = (_rows(frozen["embed_tokens"]["embedding"], tokens) if rows is None else rows).astype(dtype)
     return rows if config.embedding_scale == 1.0 else rows * jnp.asarray(config.embedding_scale, dtype)
+
+
+def _rows(table: Float[Array, "V D"], tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    """Rows of a table on the device, or of one in host memory, which stays there."""
+    if jax.typeof(table).memory_space != jax.memory.Space.Host:
+        return table[tokens]
+
+    # Row by row: slices are read from host memory where they lie, and for a gather all of it would be copied.
+    def row(_: None, token: Array) -> tuple[None, Array]:
+        at_host = lax.dynamic_slice_in_dim(table, token, 1)
+        return None, jax.device_put(at_host, jax.memory.Space.Device)[0]
+
+    _, rows = lax.scan(row, None, tokens.reshape(-1), unroll=min(tokens.size, _ROWS_IN_FLIGHT))
+    return rows.reshape(*tokens.shape, -1)
 
 
 def head_weight(frozen: Tree) -> Head:

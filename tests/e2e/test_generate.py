@@ -89,7 +89,8 @@ def test_a_head_in_fewer_bits(write_run: WriteRun, run_main: Main, tmp_path: Pat
     assert held == tree_bytes(planned)
     assert isinstance(planned["lm_head"]["kernel"], NF4Tensor)
     asked = ("--adapter", tmp_path / "out" / "adapter", "--prompt", "What colour is sky?")
-    assert run(*asked, "--head", "nf4")[0] == 0
+    status, answer, _ = run(*asked, "--head", "nf4")
+    assert (status, run(*asked, "--head", "nf4", "--embedding-on-host")[:2]) == (0, (0, answer))
 
 
 def test_draws_and_stops(base_model: Path, run: Run) -> None:

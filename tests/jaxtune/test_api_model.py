@@ -201,6 +201,27 @@ def test_evaluate_is_the_loss_of_training(loaded: tuple[Model, Any], tmp_path: P
         SFTTrainer(adapted, tokenizer, texts, args=args).evaluate()
 
 
+@pytest.mark.slow
+def test_an_embedding_in_host_memory_changes_nothing(
+    loaded: tuple[Model, Any], directory: Path, tmp_path: Path
+) -> None:
+    """Answers, held-out loss, what is learnt, and what is written."""
+    made = []
+    for on_host in (False, True):
+        model, tokenizer = FastLanguageModel.from_pretrained(str(directory), 64, embedding_on_host=on_host)
+        adapted = FastLanguageModel.get_peft_model(model, r=4, random_state=1)
+        args = SFTConfig(str(tmp_path / f"run-{on_host}"), max_steps=1, max_length=64)
+        trainer = SFTTrainer(adapted, tokenizer, [{"text": "What colour is sky?"}], [{"text": "Hm?"}], args=args)
+        trainer.train()
+        adapted.save_pretrained_merged(tmp_path / f"merged-{on_host}")
+        kinds = {leaf.sharding.memory_kind for leaf in jax.tree.leaves(adapted.frozen["embed_tokens"])}
+        assert kinds == {"pinned_host" if on_host else "device"}
+        answer = adapted.generate(**tokenizer(["What colour"], return_tensors="np"), max_new_tokens=4)
+        merged = (tmp_path / f"merged-{on_host}/model.safetensors").read_bytes()
+        made.append((answer.tolist(), trainer.evaluate(), jax.device_get(adapted.lora), merged))
+    jax.tree.map(np.testing.assert_array_equal, *made)
+
+
 def test_templates_by_name(loaded: tuple[Model, Any]) -> None:
     _, tokenizer = loaded
     changed = get_chat_template(tokenizer, "alpaca")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import logging
 from typing import Any
@@ -16,9 +17,10 @@ from jaxtune import decoding
 from jaxtune.config import LoraConfig
 from jaxtune.decoding import Generator, decode, empty_cache, padded_length, prefill_chunk
 from jaxtune.errors import UserError
+from jaxtune.host_embedding import with_table_on_host
 from jaxtune.lora import adaptation
 from jaxtune.models.config import DecoderConfig
-from jaxtune.models.decoder import hidden_states, logits
+from jaxtune.models.decoder import embed, hidden_states, logits
 from jaxtune.sampling import Sampling
 from pallas_kernels._device import lower_for_cuda
 from pallas_kernels.nf4 import quantize
@@ -170,6 +172,23 @@ def test_the_cache_exists_once(generator: Generator) -> None:
         memory = program.memory_analysis()
         assert memory.alias_size_in_bytes >= size
         assert memory.temp_size_in_bytes < size / 4
+
+
+def test_the_embedding_may_stay_in_host_memory(generator: Generator) -> None:
+    """The same tokens; and the table is sliced where it is, so that no copy of it is made."""
+    on_host = dataclasses.replace(generator, frozen=with_table_on_host(generator.frozen))
+    table = on_host.frozen["embed_tokens"]["embedding"]
+    assert table.sharding.memory_kind == "pinned_host"
+    prompts = random_documents(CONFIG, [1, 70])
+    assert on_host.generate(prompts, max_new_tokens=12) == generator.generate(prompts, max_new_tokens=12)
+
+    def rows(table: Any) -> Any:
+        return embed({"embed_tokens": {"embedding": table}}, jnp.ones((2, 3), jnp.int32), CONFIG, jnp.bfloat16)
+
+    np.testing.assert_array_equal(jax.jit(rows)(table), rows(generator.frozen["embed_tokens"]["embedding"]))
+    text = jax.jit(rows).lower(table).as_text()
+    assert "pinned_host" in text
+    assert ("gather" in text, "dynamic_slice" in text) == (False, True)
 
 
 @pytest.mark.parametrize(("tokens", "bucket"), [(1, 64), (64, 64), (65, 128), (512, 512), (513, 1024), (1025, 1536)])

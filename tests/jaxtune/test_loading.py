@@ -128,6 +128,16 @@ def test_heads_in_fewer_bits(tmp_path: Path) -> None:
         load(tmp_path / "narrow", head="nf4")
 
 
+def test_the_embedding_may_stay_on_the_host(tmp_path: Path) -> None:
+    table = save_llama(tmp_path / "own", "float32")["model.embed_tokens.weight"].astype(jnp.bfloat16)
+    held = load(tmp_path / "own", jnp.bfloat16, embedding_on_host=True)["embed_tokens"]["embedding"]
+    assert held.sharding.memory_kind == "pinned_host"
+    np.testing.assert_array_equal(held, table)
+    save_llama(tmp_path / "tied", tie_word_embeddings=True)
+    with pytest.raises(UserError, match=r"model\.embedding_on_host is true, but this model's head is its embedding"):
+        load(tmp_path / "tied", embedding_on_host=True)
+
+
 def test_quantising_on_a_gpu_takes_the_device_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_llama(tmp_path)
     on_host = load(tmp_path, jnp.bfloat16)

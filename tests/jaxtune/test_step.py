@@ -211,7 +211,7 @@ def test_rows_of_the_embedding_may_come_with_the_batch() -> None:
     other_loss, other_gradient = accumulate(lora, embedding.without_table, rows, STEP, None, 1.0)
     np.testing.assert_allclose(other_loss, loss, rtol=5e-7)
     assert_trees_close(other_gradient, gradient, 1e-6)
-    jax.tree.map(np.testing.assert_array_equal, embedding.whole(), dict(frozen))
+    jax.tree.map(np.testing.assert_array_equal, embedding.whole, dict(frozen))
 
 
 def test_float16_skips_an_overflowing_update_and_halves_the_scale() -> None:
