@@ -11,6 +11,9 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from pallas_kernels import nf4
+from pallas_kernels.nf4 import NF4Tensor
+
 _PART_BYTES = 2**26
 
 
@@ -72,3 +75,18 @@ def _store(stack: Any, layer: Any, index: jax.Array, cuts: tuple[NamedSharding |
         new = jax.lax.dynamic_update_index_in_dim(leaf, part, index, 0)
         written.append(new if cut is None else jax.lax.with_sharding_constraint(new, cut))
     return jax.tree.unflatten(structure, written), _finite(layer)
+
+
+def packed(value: np.ndarray | NF4Tensor, dtype: jnp.dtype, double_quant: bool) -> NF4Tensor:
+    """Quantise what is dense: on the device where that is a GPU, else on the host. What is packed stays as it is."""
+    if isinstance(value, NF4Tensor):
+        return value
+    if jax.default_backend() == "gpu":
+        return nf4.quantize(jax.device_put(value).astype(dtype), double_quant=double_quant)
+    return nf4.quantize(value.astype(dtype, copy=False), double_quant=double_quant)
+
+
+def dense(value: np.ndarray | NF4Tensor, dtype: jnp.dtype, *, host: bool = False) -> Any:
+    """The values in `dtype`, on the device or as an array of the host; never a view of the mapped file."""
+    values: Any = nf4.dequantize(jax.device_put(value), dtype) if isinstance(value, NF4Tensor) else value
+    return np.array(values, dtype) if host else jax.device_put(values, may_alias=False).astype(dtype)

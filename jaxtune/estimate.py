@@ -97,6 +97,12 @@ class Memory:
     compiled: int | None = None
 
     @property
+    def parts(self) -> dict[str, int]:
+        """The components of the device's memory by name."""
+        others = ("host", "compiled")
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in others}
+
+    @property
     def resident(self) -> int:
         """Between steps."""
         return self.weights + self.adapters + self.optimizer

@@ -26,13 +26,12 @@ from convert.checkpoint import Checkpoint, open_checkpoint, read_config
 from convert.families.table import Load, Slot
 from convert.gguf import open_gguf
 from jaxtune import hub
-from jaxtune.assemble import all_finite, insert
+from jaxtune.assemble import all_finite, dense, insert, packed
 from jaxtune.config import ModelConfig, RunConfig
 from jaxtune.config_io import MODEL_SUFFIXES, local_path
 from jaxtune.errors import UserError
 from jaxtune.head import HEAD, check_head, small_head
 from jaxtune.host_embedding import TABLE, with_table_on_host
-from pallas_kernels import nf4
 from pallas_kernels.nf4 import NF4Tensor
 
 log = logging.getLogger(__name__)
@@ -166,19 +165,17 @@ def load_model(
     check_head(config, checkpoint.hf_config, {load.slot.path for load in loads})
     frozen: dict[str, Any] = {}
     count = checkpoint.hf_config["num_hidden_layers"]
-    bytes_read = 0
+    bytes_read, on_host = 0, TABLE if config.embedding_on_host else None
     # The largest first: what is needed to put it into fewer bits is free again when the others come.
     loads.sort(key=lambda load: load.slot.path != HEAD)
     for done, load in enumerate(loads, 1):
         with user_errors(f"{source.name}: {load.slot.name}: "):
             if load.slot.path == HEAD:
-                value: Any = small_head(_dense(checkpoint.weight(load), dtype), config)
+                value: Any = small_head(dense(checkpoint.weight(load), dtype), config)
             elif load.slot.path in packed_paths:
-                value = _packed(checkpoint.weight(load), dtype, config.double_quant)
+                value = packed(checkpoint.weight(load), dtype, config.double_quant)
             else:
-                value = _dense(
-                    checkpoint.weight(load), dtype, host=config.embedding_on_host and load.slot.path == TABLE
-                )
+                value = dense(checkpoint.weight(load), dtype, host=load.slot.path == on_host)
             if place is not None:
                 value = place(load.slot.path, value, False)
             insert(frozen, load.slot.path, value, load.slot.layer, count)
@@ -342,13 +339,13 @@ def _restore(config: ModelConfig, dtype: jnp.dtype, source: Source, place: Place
             "jaxtune.export --model ... --to flax), or merge the two (--to merged)"
         )
     leaves, structure = jax.tree.flatten(tree["params"], is_leaf=lambda leaf: isinstance(leaf, NF4Tensor))
-    packed = [isinstance(leaf, NF4Tensor) for leaf in leaves]
-    if config.load_in_4bit and not any(packed):
+    was_packed = [isinstance(leaf, NF4Tensor) for leaf in leaves]
+    if config.load_in_4bit and not any(was_packed):
         raise UserError(f"{source.path}: its weights were saved dense; set model.load_in_4bit to false")
-    keep = [config.load_in_4bit and is_packed for is_packed in packed]
+    keep = [config.load_in_4bit and is_packed for is_packed in was_packed]
     table = tree["params"][TABLE[0]][TABLE[1]] if config.embedding_on_host else None
     placed = [
-        jax.device_put(leaf, may_alias=False) if k else _dense(leaf, dtype, host=leaf is table)
+        jax.device_put(leaf, may_alias=False) if k else dense(leaf, dtype, host=leaf is table)
         for leaf, k in zip(leaves, keep)
     ]
     if not all_finite(placed):
@@ -386,21 +383,3 @@ def _packed_paths(loads: list[Load], prequantised: bool, dtype: jnp.dtype) -> se
                 extra / 2**30,
             )
     return packed
-
-
-def _packed(value: np.ndarray | NF4Tensor, dtype: jnp.dtype, double_quant: bool) -> NF4Tensor:
-    """Quantise what is dense: on the device where that is a GPU, else on the host. What is packed stays as it is."""
-    if isinstance(value, NF4Tensor):
-        return value
-    if jax.default_backend() == "gpu":
-        return nf4.quantize(jax.device_put(value).astype(dtype), double_quant=double_quant)
-    return nf4.quantize(value.astype(dtype, copy=False), double_quant=double_quant)
-
-
-def _dense(value: np.ndarray | NF4Tensor, dtype: jnp.dtype, *, host: bool = False) -> Any:
-    """The values in `dtype`, on the device or as an array of the host; never a view of the mapped file."""
-    if isinstance(value, NF4Tensor):
-        value = nf4.dequantize(jax.device_put(value), dtype)
-    if host:
-        return np.array(value, dtype)
-    return jax.device_put(value, may_alias=False).astype(dtype)

@@ -10,9 +10,7 @@ import jinja2
 
 from jaxtune.decoding import GREEDY, Generator
 from jaxtune.errors import UserError
-from jaxtune.models.decoder import Tree
 from jaxtune.sampling import Sampling
-from jaxtune.step import StepConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -182,17 +180,3 @@ class TextGenerator:
         """The whole text of each row; see `stream`."""
         pieces = self.stream(prompts, max_new_tokens=max_new_tokens, sampling=sampling, stop=stop)
         return ["".join(row) for row in zip(*pieces)]
-
-
-def answer(
-    frozen: Tree,
-    lora: Tree,
-    tokenizer: PreTrainedTokenizerFast,
-    prompt_ids: list[int],
-    config: StepConfig,
-    max_new_tokens: int,
-) -> str:
-    """The model's greedy continuation of an encoded prompt, as text."""
-    generator = Generator(frozen, lora, config.decoder, config.adaptation, config.dtype)
-    text = TextGenerator(generator, tokenizer, stop_ids(tokenizer))
-    return text.answers([prompt_ids], max_new_tokens=max_new_tokens)[0]

@@ -31,16 +31,18 @@ from jaxtune.data.loader import Loader, Position, Prefetch
 from jaxtune.data.report import describe_all
 from jaxtune.decoding import Generator
 from jaxtune.device_memory import check_limit, limit_memory
+from jaxtune.device_usage import device_usage, start_records
 from jaxtune.devices import this_device
 from jaxtune.environment import versions
 from jaxtune.errors import UserError
-from jaxtune.evaluation import check_rouge, held_out, match_answers, questions
+from jaxtune.evaluation import check_rouge, held_out
+from jaxtune.examiner import Examiner
 from jaxtune.export import save_peft_adapter
 from jaxtune.host_embedding import HostEmbedding
 from jaxtune.launch import Launch
 from jaxtune.loading import read_hf_config
 from jaxtune.lora import count_parameters, init_lora
-from jaxtune.memory import IN_STEP, device_peak, first_that_fits, out_of_memory, tree_bytes
+from jaxtune.memory import device_peak, first_that_fits, out_of_memory, tree_bytes
 from jaxtune.mesh import check_mesh, own_rows, place_batch, place_frozen, place_state, placing
 from jaxtune.metrics import MetricsWriter, Progress, format_bytes, host_peak_rss, host_rss
 from jaxtune.nonfinite import NonfiniteUpdates, trace
@@ -50,7 +52,6 @@ from jaxtune.preflight import check_devices, check_model, count_steps
 from jaxtune.processes import check_same, is_first, joined, largest, own_copy, whole
 from jaxtune.report import write_report
 from jaxtune.run_directory import Resume, RunDirectory
-from jaxtune.samples import answer, encode_prompt
 from jaxtune.start import start_from
 from jaxtune.step import StepConfig, TrainState, init_state, jit_eval_step, jit_train_step, make_mesh
 from jaxtune.stopping import StopRequests
@@ -136,12 +137,9 @@ def fit(
     settings, decoder, output, checkpoints = config.train, base.decoder, config.output, directory.checkpoints
     check_mesh(config.mesh, decoder, config.data.max_length)
     mesh = make_mesh(**config.mesh.axes)
-    prompts = {prompt: encode_prompt(base.tokenizer, prompt) for prompt in output.sample_prompts}
-    held_out_sets = {"eval": eval_data} if isinstance(eval_data, Dataset) else dict(eval_data or {})
-    count = settings.eval_answers
-    asked = {} if count is None else {name: questions(data, count) for name, data in held_out_sets.items()}
-    check_model(config, decoder, [train_data, *held_out_sets.values()], prompts, progress)
-    described = describe_all({"train": train_data, **held_out_sets})
+    examiner = Examiner.of(config, base, eval_data)
+    check_model(config, decoder, [train_data, *examiner.sets.values()], examiner.prompts, progress)
+    described = describe_all({"train": train_data, **examiner.sets})
     for text in described:
         progress.note(text)
     share = own_rows(mesh, settings.batch_size)
@@ -169,11 +167,12 @@ def fit(
         frozen = base.load(placing(mesh, decoder))
         embedding = HostEmbedding(frozen) if config.model.embedding_on_host else None
         frozen, parts = place_frozen(frozen if embedding is None else embedding.without_table, state, mesh)
-    memory["frozen weights"] = frozen_bytes = tree_bytes(frozen)
+    memory["frozen weights"] = tree_bytes(frozen)
     progress.note(
         f"{decoder.model_type}: {decoder.num_layers} layers, computed in {base.dtype.name}, frozen weights "
-        f"{format_bytes(frozen_bytes)}; {count_parameters(lora):,} trainable parameters"
+        f"{format_bytes(memory['frozen weights'])}; {count_parameters(lora):,} trainable parameters"
     )
+    usage = {"after loading": device_usage()}
 
     # The step, compiled before the loop: no step can compile again, and its memory is known before the first.
     def place(batch: dict[str, np.ndarray]) -> Any:
@@ -192,20 +191,18 @@ def fit(
     step_config, step = first_that_fits(plan.candidates, lowered, memory, config, progress)
     eval_step = jit_eval_step(step_config, mesh)
 
+    usage["after compiling"] = device_usage()
+
+    def generator() -> Generator:
+        weights = own_copy(frozen) if embedding is None else embedding.whole
+        return Generator(weights, own_copy(state.lora), decoder, step_config.adaptation, base.dtype)
+
     def evaluate() -> dict[str, float]:
-        values = held_out(held_out_sets, settings.batch_size, place, eval_step, state.lora, frozen, share)
-        if asked and is_first():
-            weights = own_copy(frozen) if embedding is None else embedding.whole
-            generator = Generator(weights, own_copy(state.lora), decoder, step_config.adaptation, base.dtype)
-            values |= match_answers(asked, generator, base.tokenizer, settings.batch_size, settings.eval_answer_tokens)
-        return values
+        values = held_out(examiner.sets, settings.batch_size, place, eval_step, state.lora, frozen, share)
+        return values | examiner.answer_questions(generator)
 
     def sample(when: str) -> None:
-        if not prompts or not is_first():
-            return
-        weights = own_copy(frozen) if embedding is None else embedding.whole
-        for prompt, ids in prompts.items():
-            text = answer(weights, own_copy(state.lora), base.tokenizer, ids, step_config, output.sample_tokens)
+        for prompt, text in examiner.answer_prompts(generator):
             progress.note(f"[{when}] {prompt}\n    {text}")
             metrics.write(int(state.step), sample=when, prompt=prompt, answer=text)
 
@@ -230,22 +227,13 @@ def fit(
         StopRequests() as stop,
         Prefetch(loader.batches(after_batch)) as batches,
     ):
-        seconds = {name.replace(" ", "_") + "_seconds": value for name, value in progress.phases.items()}
-        metrics.write(
-            first_step,
-            **seconds,
-            step_temporary_bytes=memory[IN_STEP],
-            frozen_bytes=frozen_bytes,
-            remat=step_config.remat,
-        )
-        metrics.write(
-            first_step, planned_bytes=plan.memory_of(step_config.remat).peak, compiled_bytes=sum(memory.values())
-        )
+        for record in start_records(plan, step_config.remat, step, memory, usage, progress.phases):
+            metrics.write(first_step, **record)
         metrics.write(first_step, data=described, versions={"device": plan.device.kind, **versions()})
         eval_loss = None
         if first_step == 0:
             sample("before")
-            if held_out_sets:
+            if examiner.sets:
                 with progress.phase("measure the held-out loss"):
                     measured = evaluate()
                 metrics.write(0, **measured)
@@ -272,12 +260,12 @@ def fit(
             values |= {name: float(value) for name, value in scalars.items()}
             elapsed = time.perf_counter() - started
             tokens, elapsed_total = tokens + batch_tokens, elapsed_total + elapsed
-            values |= {"learning_rate": float(schedule(done - 1)), "device_bytes": device_peak()}
-            values |= {"step_seconds": elapsed, "tokens_per_second": batch_tokens / elapsed, "host_bytes": host_rss()}
+            values |= {"learning_rate": float(schedule(done - 1)), "host_bytes": host_rss(), **device_usage()}
+            values |= {"step_seconds": elapsed, "tokens_per_second": batch_tokens / elapsed}
             if plan.mfu_flops is not None:
                 values["mfu"] = plan.useful_flops / elapsed / plan.mfu_flops
             due = settings.eval_steps is not None and done % settings.eval_steps == 0
-            if held_out_sets and (due or done == total_steps):
+            if examiner.sets and (due or done == total_steps):
                 values |= evaluate()
                 eval_loss, measured_step = values["eval_loss"], done
             try:

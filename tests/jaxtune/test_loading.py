@@ -144,7 +144,7 @@ def test_quantising_on_a_gpu_takes_the_device_path(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(loading.jax, "default_backend", lambda: "gpu")
     seen = []
     quantize = nf4.quantize
-    monkeypatch.setattr(loading.nf4, "quantize", lambda w, **options: seen.append(type(w)) or quantize(w, **options))
+    monkeypatch.setattr(assemble.nf4, "quantize", lambda w, **options: seen.append(type(w)) or quantize(w, **options))
     on_device = load(tmp_path, jnp.bfloat16)
     assert len(seen) == 7 * LAYERS
     assert all(issubclass(kind, jax.Array) for kind in seen)

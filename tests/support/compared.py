@@ -12,8 +12,11 @@ from flax.traverse_util import flatten_dict
 from jaxtune.metrics import read_metrics
 
 # What tells of time and machine, and not of what was computed; and what each start of the program writes of itself.
-TIMINGS = ("input_seconds", "step_seconds", "tokens_per_second", "device_bytes", "host_bytes", "mfu")
-_OF_A_START = {"frozen_bytes", "versions", "compiled_bytes"}
+TIMINGS = (
+    *("input_seconds", "step_seconds", "tokens_per_second", "mfu", "host_bytes"),
+    *("device_bytes", "allocated_bytes", "reserved_bytes", "process_bytes"),
+)
+_OF_A_START = {"frozen_bytes", "versions", "compiled_bytes", "moment"}
 
 
 def computed(output: Path) -> list[dict[str, Any]]:
