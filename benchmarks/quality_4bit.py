@@ -14,16 +14,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
+
+from processes import row_of
 
 from jaxtune.config import RunConfig
 from jaxtune.config_io import from_dict
@@ -87,22 +85,7 @@ def measure(config: RunConfig, options: argparse.Namespace) -> dict[str, float]:
 
 def in_a_process(options: argparse.Namespace, base: str, seed: int) -> dict[str, Any]:
     """The row of one run; or why there is none, with the end of what the run has said."""
-    # As the train command has it; else the first process would take three quarters of the card.
-    environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-    about = {"base": base, "seed": seed}
-    with tempfile.TemporaryDirectory() as directory:
-        row, log = Path(directory) / "row.json", Path(directory) / "log.txt"
-        command = [sys.executable, *sys.argv, "--run", base, str(seed), str(row)]
-        with log.open("w") as output:
-            try:
-                status: object = subprocess.run(
-                    command, stdout=output, stderr=output, check=False, env=environment, timeout=options.seconds
-                ).returncode
-            except subprocess.TimeoutExpired:
-                status = f"longer than {options.seconds:.0f} s"
-        if status != 0:
-            return about | {"failed": status, "log": log.read_text(errors="replace")[-1500:]}
-        return about | json.loads(row.read_text())
+    return {"base": base, "seed": seed} | row_of([base, str(seed)], options.seconds)
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
