@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 import jax
-from jax import Array
+from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels.glu import glu_backward, glu_forward
@@ -64,6 +64,9 @@ def _bwd(
         dh = base_product_transposed(dy, group)
         _, (d_gate_up,) = glu_backward(dh, (gate_up,), activation=activation, with_h=False)
         return d_gate_up, projection.gradient(None, None), None
+    # Where layers are recomputed t is made of gate_up once more, over which its gradient is written below: were it made
+    # afterwards, gate_up would be copied.
+    gate_up, t = lax.optimization_barrier((gate_up, t))
     a, dt = stacked_a(group, t.shape[1], scaling, dy.dtype), low_rank_gradient(dy, t, group)
     if dropout_rate == 0.0 or dropout_key is None:
         dh = base_product_transposed(dy, group, (dt, a.T))
