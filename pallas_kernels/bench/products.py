@@ -315,7 +315,7 @@ def cross_entropy_cases(small: bool) -> Iterator[Case]:
             model,
             b * t,
             linear_cross_entropy,
-            ("xla",),
+            BOTH_WAYS,
             make=make,
             call=lambda f, *inputs: f(*inputs),
             reference=reference,

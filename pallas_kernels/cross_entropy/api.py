@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from pallas_kernels._dispatch import choose
 from pallas_kernels.cross_entropy import head as head_products
 from pallas_kernels.cross_entropy.head import Head, Int8Head
+from pallas_kernels.cross_entropy.triton import unsupported_reason as softmax_reason
 from pallas_kernels.cross_entropy.xla import Form, Vocabulary, linear_cross_entropy_xla
 from pallas_kernels.nf4 import NF4Tensor
 from pallas_kernels.nf4_matmul import triton
@@ -55,14 +56,14 @@ def linear_cross_entropy(
             hold. Beside them there is their gradient, in hidden's dtype.
         vocabulary: inside of a `shard_map`, how the head's rows lie on its devices: `head` is then this device's part
             of it, and hidden, targets and weights are this device's rows, of the same shape on all.
-        implementation: "xla", or None to choose.
+        implementation: of the softmax, "triton", "xla", or None to choose; the products are XLA's.
 
     Returns:
         The weighted sum, float32.
 
     Raises:
         ValueError: shapes do not fit together, the cap is not positive, or a head that is not dense is to be trained.
-        NotImplementedError: a packed head whose rows are not whole blocks.
+        NotImplementedError: a packed head whose rows are not whole blocks, or the named implementation cannot run.
     """
     if cap is not None and not cap > 0:
         raise ValueError(f"linear_cross_entropy: cap is {cap}; pass a positive number, or None for no soft-cap")
@@ -80,10 +81,14 @@ def linear_cross_entropy(
     if ignore_index is not None:
         ignored = targets == ignore_index
         targets, weights = jnp.where(ignored, 0, targets), jnp.where(ignored, 0.0, weights)
-    choose("linear_cross_entropy", implementation, {"xla": lambda: None})
     visiting = b if vocabulary is None or vocabulary.tokens is None else b * lax.axis_size(vocabulary.tokens)
     per_row = max(1, min(t, (chunk or chunk_tokens(head.shape[0], budget_bytes)) // visiting))
-    form = Form(per_row, cap, logit_scale, train_head, vocabulary)
+    softmax = {
+        "triton": lambda: softmax_reason(visiting * per_row * head.shape[0], vocabulary is not None),
+        "xla": lambda: None,
+    }
+    chosen = choose("linear_cross_entropy", implementation, softmax)
+    form = Form(per_row, cap, logit_scale, train_head, vocabulary, chosen)
     return linear_cross_entropy_xla(hidden, head, targets, weights, form)
 
 

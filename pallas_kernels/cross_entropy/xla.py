@@ -25,6 +25,7 @@ from jax import Array, lax
 
 from pallas_kernels.cross_entropy import head as head_products
 from pallas_kernels.cross_entropy.head import Head
+from pallas_kernels.cross_entropy.triton import softmax_triton
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,19 +42,26 @@ class Vocabulary:
 @dataclasses.dataclass(frozen=True)
 class Form:
     """What is computed, and how. cap: soft-cap of the logits, or None. scale: factor on them. chunk: tokens of one row
-    at a time. trains_head: whether the head has a gradient. vocabulary: see `Vocabulary`, or None."""
+    at a time. trains_head: whether the head has a gradient. vocabulary: see `Vocabulary`, or None. implementation: of
+    the softmax, "xla" or "triton"; the products are XLA's."""
 
     chunk: int
     cap: float | None = None
     scale: float = 1.0
     trains_head: bool = False
     vocabulary: Vocabulary | None = None
+    implementation: str = "xla"
 
 
 def _chunk_loss(h: Array, head: Head, target: Array, weight: Array, form: Form) -> tuple[Array, Array]:
-    """Weighted losses of one chunk, float32 [B, c], and their gradient with respect to the head's products, float32
-    [B, c, V], of this device's part of the vocabulary."""
+    """Weighted losses of one chunk, float32 [B, c], and their gradient with respect to the head's products, [B, c, V],
+    in float32 or in h's dtype, of this device's part of the vocabulary."""
     logits, cap, vocabulary = head_products.logits(h, head), form.cap, form.vocabulary
+    if form.implementation == "triton":
+        losses, d_logits = softmax_triton(
+            logits.reshape(-1, logits.shape[-1]), target.ravel(), weight.ravel(), h.dtype, form.scale, cap
+        )
+        return losses.reshape(target.shape), d_logits.reshape(logits.shape)
     if form.scale != 1.0:
         logits = form.scale * logits
     if cap is not None:

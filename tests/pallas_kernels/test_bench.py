@@ -110,8 +110,8 @@ def test_times_what_is_right(op: str, monkeypatch: pytest.MonkeyPatch, tmp_path:
     told: list[str] = []
     timed = list(rows_of(cases, {}, ceilings=(1e12, 1e14), real_cases=cases, headline=True, progress=told.append))
     assert told[-1].startswith("compiled")
-    # What goes through Triton has no GPU to be timed on.
-    assert all(row.us is None for row in timed if row.implementation == "triton")
+    # What goes through Triton has no GPU to be timed on; where the check is what is timed, that is the interpreter.
+    assert op == "cross_entropy" or all(row.us is None for row in timed if row.implementation == "triton")
     timed = [row for row in timed if row.implementation != "triton"]
     assert timed
     for row in timed:

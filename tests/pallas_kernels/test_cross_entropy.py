@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -11,15 +11,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels._device import lower_for_cuda
 from pallas_kernels._triton import interpreted
 from pallas_kernels.cross_entropy import decoded_head, head_logits, linear_cross_entropy, quantize_head
 from pallas_kernels.cross_entropy import head as head_module
+from pallas_kernels.cross_entropy import triton as softmax
 from pallas_kernels.cross_entropy import xla as cross_entropy_xla
 from pallas_kernels.cross_entropy.api import chunk_tokens
 from pallas_kernels.cross_entropy.reference import linear_cross_entropy_reference
 from pallas_kernels.nf4 import dequantize, quantize
 
 B, T, D, V = 3, 29, 20, 211
+
+
+@pytest.fixture
+def interpreter() -> Iterator[None]:
+    with interpreted():
+        yield
 
 
 def inputs(dtype: jnp.dtype = jnp.float32) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
@@ -82,7 +90,9 @@ def test_soft_capped_logits(cap: float) -> None:
         linear_cross_entropy(hidden, head, targets, weights, cap=0.0)
 
 
-def test_bfloat16_error_is_that_of_the_reference() -> None:
+@pytest.mark.usefixtures("interpreter")
+@pytest.mark.parametrize("implementation", ["xla", "triton"])
+def test_bfloat16_error_is_that_of_the_reference(implementation: str) -> None:
     hidden, head, targets, weights = inputs(jnp.bfloat16)
     expected = truth(hidden, head, targets, weights)[1]
 
@@ -90,14 +100,47 @@ def test_bfloat16_error_is_that_of_the_reference() -> None:
         gradient = jax.grad(lambda h: function(h, head, targets, weights))(hidden)
         return float(np.linalg.norm(np.asarray(gradient, np.float64) - expected) / np.linalg.norm(expected))
 
-    assert error(linear_cross_entropy) < 1.5 * error(linear_cross_entropy_reference)
+    ours = error(lambda *x: linear_cross_entropy(*x, implementation=implementation))
+    assert ours < 1.5 * error(linear_cross_entropy_reference)
 
 
-@pytest.mark.parametrize("chunk", [12, 1000])
-@pytest.mark.parametrize(("cap", "scale"), [(None, 1.0), (None, 0.3), (4.0, 2.5)])
-def test_a_trained_head_and_a_scale_of_the_logits(cap: float | None, scale: float, chunk: int) -> None:
+@pytest.mark.usefixtures("interpreter")
+@pytest.mark.parametrize("cap", [None, 30.0])
+def test_softmax_through_triton_of_several_tiles(cap: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A vocabulary of some tiles and a part of one, logits of any size, and what the kernels become on a GPU."""
+    monkeypatch.setattr(softmax, "_TILE", 64)
+    rng = np.random.default_rng(0)
+    products = jnp.asarray(rng.normal(size=(5, V)) * [[1], [10], [1e3], [1e-3], [1]] - [[0], [0], [1e3], [0], [80]])
+    target, weight = jnp.asarray(rng.integers(0, V, 5)), jnp.asarray(rng.random(5), jnp.float32)
+
+    def defined(products: jax.Array) -> jax.Array:
+        logits = products if cap is None else cap * jnp.tanh(products / cap)
+        return weight * -jnp.take_along_axis(jax.nn.log_softmax(logits), target[:, None], axis=1)[:, 0]
+
+    losses, gradient = softmax.softmax_triton(products, target, weight, jnp.float32, 1.0, cap)
+    np.testing.assert_allclose(losses, defined(products), rtol=2e-6, atol=2e-6)
+    np.testing.assert_allclose(gradient, jax.grad(lambda x: defined(x).sum())(products), atol=2e-6)
+
+
+def test_softmax_through_triton_lowers_and_says_what_it_refuses() -> None:
+    def loss(*inputs: jax.Array) -> jax.Array:
+        return linear_cross_entropy(*inputs, cap=30.0, implementation="triton")
+
+    assert lower_for_cuda(jax.value_and_grad(loss), *inputs(jnp.bfloat16)[:3]).count("@__gpu$xla.gpu.triton") == 2
+    with pytest.raises(NotImplementedError, match="needs an NVIDIA GPU"):
+        loss(*inputs()[:3])
+    assert "several devices" in (softmax.unsupported_reason(1, True) or "")
+    assert "32 bits" in (softmax.unsupported_reason(2**31, False) or "")
+
+
+@pytest.mark.usefixtures("interpreter")
+@pytest.mark.parametrize(("chunk", "implementation"), [(12, "xla"), (1000, "xla"), (40, "triton")])
+@pytest.mark.parametrize(("cap", "scale"), [(None, 1.0), (None, 0.3), (4.0, 2.5), (4.0, -2.5)])
+def test_a_trained_head_and_a_scale_of_the_logits(
+    cap: float | None, scale: float, chunk: int, implementation: str
+) -> None:
     hidden, head, targets, weights = inputs()
-    form = {"cap": cap, "logit_scale": scale, "chunk": chunk}
+    form = {"cap": cap, "logit_scale": scale, "chunk": chunk, "implementation": implementation}
 
     def loss_of(hidden: jax.Array, head: jax.Array) -> jax.Array:
         return 3.0 * linear_cross_entropy(hidden, head, targets, weights, train_head=True, **form)
