@@ -1,12 +1,12 @@
-"""Products of few rows with an NF4 weight, decoded in registers on their way to the tensor cores (Pallas Mosaic GPU).
+"""Products of up to some hundred rows with an NF4 weight, decoded in registers on their way to the tensor cores (Pallas
+Mosaic GPU).
 
-Why it exists: up to some hundred rows a product waits for its weights, and a decoded weight that is written and read
-again is eight times as much to move. Here bytes come to shared memory by TMA, are looked up by byte permutes where
-they stand as an operand of `wgmma`, and never leave the registers. A thread holds eight neighbours of a row where
-wgmma wants them spread over 32 columns; a sum does not mind, so x's columns are permuted instead of the weight's.
-Numerics: the table and the scales are rounded to bfloat16 before they are multiplied, which the reference does after;
-sums are float32. Refuses what is not bfloat16 in blocks of 64, sizes that tiles do not divide, GPUs other than Hopper,
-and JAX before 0.11.
+Why it exists: such a product waits for its weights, and a decoded weight that is written and read again is eight times
+as much to move. Here bytes come to shared memory by TMA, a byte of codes becomes a pair of values in the registers that
+`wgmma` takes an operand from (see tile_assembly.py), and values never leave them. Up to 16 rows have a kernel of their
+own (mosaic_few.py). Numerics: the table and the scales are rounded to bfloat16 before they are multiplied, which the
+reference does after; sums are float32. Refuses what is not bfloat16 in blocks of 64, sizes that tiles do not divide,
+GPUs other than Hopper, and JAX before 0.11.
 """
 
 from __future__ import annotations
@@ -25,110 +25,128 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm
 
-from pallas_kernels._device import compute_capability
-from pallas_kernels._triton import interpreting
-from pallas_kernels.nf4.reference import decode_scales
-from pallas_kernels.nf4.tensor import NF4Tensor
-from pallas_kernels.nf4_matmul.lookup import bits_in, byte_permutes
+from pallas_kernels._ptx import hopper_reason
+from pallas_kernels.nf4.reference import DYNAMIC_MAP
+from pallas_kernels.nf4.tensor import NF4Layer, NF4Tensor
+from pallas_kernels.nf4_matmul import mosaic_few
+from pallas_kernels.nf4_matmul.mosaic_few import pairs
+from pallas_kernels.nf4_matmul.tile_assembly import scales_pitch, scales_text, weights_text
 
 MOST_ROWS = 512
 # Columns of one step of wgmma's operand in registers, and of one scale.
 _STEP = 64
+# Rows of a weight for one warpgroup.
+_OUTPUTS = 64
+# Multiprocessors of the GPUs that this serves, and bytes of shared memory that a kernel may have; some are Mosaic's.
+_CORES, _SHARED = 132, 232448 - 2048
 
 
 class Tiles(NamedTuple):
-    """rows: of x. outputs: rows of the weight for one of `groups` warpgroups. columns: of a step; steps: in flight.
-    split: parts that the columns are cut into, summed at the end."""
+    """rows: of x. groups: warpgroups of 64 rows of the weight. columns: of a step; steps: in flight. split: parts that
+    the columns are cut into, summed at the end. late: products of a step that the next one need not wait for."""
 
     rows: int
-    outputs: int = 64
     groups: int = 2
     columns: int = 128
     steps: int = 4
     split: int = 1
+    late: int = 0
+
+    def fitted(self, k: int) -> Tiles:
+        """With as many of the steps as there is shared memory for."""
+        out = self.groups * self.rows * _OUTPUTS * (4 if self.split > 1 else 2)
+        scales = self.groups * 32 * 4 * scales_pitch(k // self.split // _STEP)
+        step = self.rows * self.columns * 2 + self.groups * _OUTPUTS * self.columns // 2
+        return self._replace(steps=min(self.steps, (_SHARED - out - scales - 256 * 32 * 4) // step))
 
 
 def unsupported_reason(x: Array, w: Any) -> str | None:
     """Why x and w cannot be multiplied here, or None."""
-    if not hasattr(plgpu, "inline_mgpu") or jax.__version_info__ < (0, 11):
-        return f"it needs JAX 0.11 or newer, this is {jax.__version__}"
-    if not isinstance(w, NF4Tensor) or w.block_size != _STEP:
-        return f"it multiplies by one weight in blocks of {_STEP}"
-    if x.dtype != jnp.bfloat16 or w.dtype != "bfloat16":
-        return f"it computes in bfloat16, and x is {x.dtype}, the weight {w.dtype}"
-    rows = x.size // x.shape[-1]
-    if not 1 <= rows <= MOST_ROWS:
-        return f"it serves 1 to {MOST_ROWS} rows, not {rows}"
-    tiles = tiles_for(rows, w)
-    if w.shape[0] % (tiles.outputs * tiles.groups) or w.shape[1] % (tiles.columns * tiles.split):
+    if (reason := hopper_reason()) is not None:
+        return reason
+    stack = w.stack if isinstance(w, NF4Layer) else w
+    if not isinstance(stack, NF4Tensor) or stack.block_size != _STEP or stack.nested_dtype != "float32":
+        return f"it multiplies by one weight in blocks of {_STEP} with scales of float32"
+    if x.dtype != jnp.bfloat16 or stack.dtype != "bfloat16":
+        return f"it computes in bfloat16, and x is {x.dtype}, the weight {stack.dtype}"
+    rows: Any = jax.ShapeDtypeStruct((x.size // x.shape[-1], x.shape[-1]), x.dtype)
+    if mosaic_few.unsupported_reason(rows, [w]) is None:
+        return None
+    if not 1 <= rows.shape[0] <= MOST_ROWS:
+        return f"it serves 1 to {MOST_ROWS} rows, not {rows.shape[0]}"
+    tiles = tiles_for(rows.shape[0], w)
+    if w.shape[0] % (_OUTPUTS * tiles.groups) or w.shape[1] % (tiles.columns * tiles.split):
         return f"its tiles do not divide a weight {w.shape}"
-    if interpreting():
-        return "the interpreter takes no operands in registers"
-    capability = compute_capability()
-    if capability is None or not 9.0 <= capability < 10.0:
-        return "it needs a Hopper GPU (compute capability 9.0)"
+    if tiles.steps < 2 + tiles.late:
+        return f"a row of {w.shape[1]} columns leaves no shared memory for its tiles"
     return None
 
 
-def tiles_for(rows: int, w: NF4Tensor) -> Tiles:
+def tiles_for(rows: int, w: NF4Tensor | NF4Layer) -> Tiles:
     """The tiling for so many rows of x."""
     n, k = w.shape
     size = min(256, max(16, pl.next_power_of_2(rows)))
-    outputs = 64
     columns = 64 if rows > 64 or k % 128 else 128
-    programs = -(-rows // size) * (n // (2 * outputs))
+    programs = -(-rows // size) * (n // (2 * _OUTPUTS))
     split = max((s for s in (1, 2, 4, 7, 8) if k % (columns * s) == 0 and programs * s <= 2 * _CORES), default=1)
-    return Tiles(size, outputs, columns=columns, split=split if rows <= 64 else 1)
+    return Tiles(size, columns=columns, split=split if rows <= 64 else 1).fitted(k)
 
 
-def nf4_matmul_mosaic(x: Array, w: NF4Tensor) -> Array:
-    """y = x W^T: [..., in] -> [..., out]."""
+def nf4_matmul_mosaic(x: Array, w: NF4Tensor | NF4Layer, dtype: Any = None) -> Array:
+    """y = x W^T: [..., in] -> [..., out], of x's dtype or another."""
     rows = x.reshape(-1, x.shape[-1])
-    return tiled_product(rows, w, tiles_for(rows.shape[0], w)).reshape(*x.shape[:-1], -1)
+    if mosaic_few.unsupported_reason(rows, [w]) is None:
+        y = mosaic_few.few_rows(rows, [w], dtype=dtype)
+    else:
+        y = tiled_product(rows, w, tiles_for(rows.shape[0], w))
+    return y.reshape(*x.shape[:-1], -1).astype(dtype or x.dtype)
 
 
-def tiled_product(x: Array, w: NF4Tensor, tiles: Tiles) -> Array:
+def tiled_product(x: Array, w: NF4Tensor | NF4Layer, tiles: Tiles) -> Array:
     """[M, K] -> [M, N]."""
-    (m, k), n = x.shape, w.shape[0]
-    padded = jnp.pad(_permuted(x), ((0, -m % tiles.rows), (0, 0)))
-    scales = decode_scales(w).reshape(n, k // _STEP).T.astype(jnp.bfloat16)
-    parts = _kernel(padded.shape[0], n, k, tiles)(padded, w.codes.reshape(n, k // 2), scales)
+    m, n = x.shape[0], w.shape[0]
+    layer = w if isinstance(w, NF4Layer) else NF4Layer(jax.tree.map(lambda leaf: leaf[None], w), np.int32(0))
+    padded = jnp.pad(x, ((0, -m % tiles.rows), (0, 0)))
+    parts = _kernel(padded.shape[0], layer.stack, tiles)(*_operands(padded, layer))
     if tiles.split == 1:
         return parts[:m]
     return jnp.sum(parts.reshape(tiles.split, n, -1), axis=0).T[:m].astype(x.dtype)
 
 
-def _permuted(x: Array) -> Array:
-    """x's columns in the order in which the weight's come to stand before wgmma, within each 32.
-
-    A lane holds the eight columns of four bytes, and the lanes of a row hold bytes 0, 8, 4 and 12 first; wgmma takes
-    the lane's t-th pair as columns 8 t + 2 lane and the next.
-    """
-    m, k = x.shape
-    return x.reshape(m, k // 32, 2, 2, 4, 2).transpose(0, 1, 4, 3, 2, 5).reshape(m, k)
+def _operands(x: Array, w: NF4Layer) -> list[Any]:
+    stack, (n, k) = w.stack, w.shape
+    copies = np.repeat(pairs()[:, None], 32, axis=1)
+    operands = [jnp.reshape(jnp.asarray(w.index, jnp.int32), (1,)), x, jnp.asarray(copies)]
+    operands += [stack.codes.reshape(-1, n, k // 2), stack.absmax.reshape(-1, n, k // _STEP)]
+    return operands + ([jnp.asarray(DYNAMIC_MAP), stack.nested_absmax, stack.nested_offset] if stack.is_nested else [])
 
 
-def _kernel(m: int, n: int, k: int, tiles: Tiles) -> Callable[..., Array]:
-    """(x [M, K], codes [N, K / 2], scales [K / 64, N]) -> [M, N], or [split * N, M] float32 parts."""
-    rows, outputs, groups, columns, steps, split = tiles
-    wide, part = outputs * groups, k // split
-    row_tiles, output_tiles = m // rows, n // wide
+def _kernel(m: int, stack: NF4Tensor, tiles: Tiles) -> Callable[..., Array]:
+    """(what `_operands` gives) -> [M, N], or [split * N, M] float32 parts."""
+    n, k = stack.shape
+    rows, groups, columns, steps, split, late = tiles
+    wide, part, per_row = _OUTPUTS * groups, k // split, k // _STEP
+    row_tiles, output_tiles, blocks = m // rows, n // wide, part // _STEP
     in_parts = split > 1
 
     def swizzled(width: int, bits: int) -> tuple[Any, ...]:
         swizzle = plgpu.find_swizzle(width * bits)
         return plgpu.TilingTransform((8, swizzle * 8 // bits)), plgpu.SwizzleTransform(swizzle)
 
-    def kernel(x_gmem: Any, codes_gmem: Any, scales_gmem: Any, out_gmem: Any, out_smem: Any) -> None:
+    def kernel(index_gmem: Any, x_gmem: Any, table_gmem: Any, codes_gmem: Any, absmax_gmem: Any, *rest: Any) -> None:
+        *nested, out_gmem, out_smem, table_smem, scales_smem, barrier = rest
+        layer = index_gmem[0]
+        codes_gmem, absmax_gmem = codes_gmem.at[layer], absmax_gmem.at[layer]
+        nested = [nested[0], *(ref.at[layer] for ref in nested[1:])] if nested else []
+
         def pipeline(body: Any, context: Any) -> Any:
             return plgpu.emit_pipeline_warp_specialized(
                 body,
                 grid=(part // columns,),
                 memory_registers=40,
                 in_specs=[
-                    _block((wide, columns // 2), lambda i: (0, i), swizzled(_STEP // 2, 8)),
-                    _block((rows, columns), lambda i: (0, i), swizzled(_STEP, 16)),
-                    _block((columns // _STEP, wide), lambda i: (i, 0), ()),
+                    _block((wide, columns // 2), lambda i: (0, i), (), late),
+                    _block((rows, columns), lambda i: (0, i), swizzled(_STEP, 16), late),
                 ],
                 wg_axis="group",
                 num_compute_wgs=groups,
@@ -136,12 +154,17 @@ def _kernel(m: int, n: int, k: int, tiles: Tiles) -> Callable[..., Array]:
                 compute_context=context,
             )
 
-        nothing = pipeline(lambda *_: None, lambda *_: None)
-        allocations = nothing.get_allocations(codes_gmem, x_gmem, scales_gmem)
+        allocations = pipeline(lambda *_: None, lambda *_: None).get_allocations(codes_gmem, x_gmem)
 
         @functools.partial(pl.run_scoped, allocations=allocations, collective_axes="group")
         def _(allocations: Any) -> None:
             group = lax.axis_index("group")
+
+            @pl.when(group == 0)
+            def _() -> None:
+                plgpu.copy_gmem_to_smem(table_gmem, table_smem, barrier)
+
+            plgpu.barrier_wait(barrier)
 
             @plgpu.nd_loop((split * output_tiles * row_tiles,), collective_axes="program")
             def _(info: Any) -> None:
@@ -149,10 +172,13 @@ def _kernel(m: int, n: int, k: int, tiles: Tiles) -> Callable[..., Array]:
                 row = pl.ds((index % row_tiles) * rows, rows)
                 output = (index // row_tiles) % output_tiles
                 number = index // (row_tiles * output_tiles)
-                mine = pl.ds(group * outputs, outputs)
+                mine = pl.ds(group * _OUTPUTS, _OUTPUTS)
 
                 def context(run: Any) -> None:
-                    @functools.partial(pl.run_scoped, sums=plgpu.ACC((outputs, rows), jnp.float32))
+                    here = pl.ds(output * wide + group * _OUTPUTS, _OUTPUTS), pl.ds(number * blocks, blocks)
+                    _put_scales(scales_smem.at[group], absmax_gmem.at[here], absmax_gmem, nested, blocks, per_row)
+
+                    @functools.partial(pl.run_scoped, sums=plgpu.ACC((_OUTPUTS, rows), jnp.float32))
                     def _(sums: Any) -> None:
                         run(sums)
                         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -166,30 +192,27 @@ def _kernel(m: int, n: int, k: int, tiles: Tiles) -> Callable[..., Array]:
                         plgpu.commit_smem()
                         plgpu.copy_smem_to_gmem(out_smem.at[group], target)
 
-                load: Any = plgpu.load  # whose signature differs between versions
-
-                def body(_: Any, codes_smem: Any, x_smem: Any, scales_smem: Any, sums: Any) -> Any:
+                def body(indices: Any, codes_smem: Any, x_smem: Any, sums: Any) -> Any:
+                    (i,) = indices
                     for step in range(columns // _STEP):
                         bytes_at = codes_smem.at[mine, step * _STEP // 2 : (step + 1) * _STEP // 2]
-                        values = decoded(load(bytes_at, layout=plgpu.Layout.WGMMA_UPCAST_2X))
-                        scale = load(scales_smem.at[step, mine], layout=plgpu.Layout.WGMMA.reduce(1))
-                        weights = values * lax.broadcast_in_dim(scale, values.shape, [0])
+                        scales_at = scales_smem.at[group, :, pl.ds(i * (columns // _STEP) + step, 1)]
+                        weights = _decoded(bytes_at, table_smem, scales_at, columns // 2, 4 * scales_pitch(blocks))
                         plgpu.wgmma(sums, weights, x_smem.at[:, step * _STEP : (step + 1) * _STEP].T)
-                    plgpu.wgmma_wait(0)
+                    plgpu.wgmma_wait(late)
                     return sums
 
                 columns_at, outputs_at = pl.ds(number * part, part), pl.ds(output * wide, wide)
                 pipeline(body, context)(
                     codes_gmem.at[outputs_at, pl.ds(number * (part // 2), part // 2)],
                     x_gmem.at[row, columns_at],
-                    scales_gmem.at[pl.ds(number * (part // _STEP), part // _STEP), outputs_at],
                     allocations=allocations,
                 )
 
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     shape = (split * n, m) if in_parts else (m, n)
-    tile, bits = ((outputs, rows), 32) if in_parts else ((rows, outputs), 16)
+    tile, bits = ((_OUTPUTS, rows), 32) if in_parts else ((rows, _OUTPUTS), 16)
     dtype = jnp.float32 if in_parts else jnp.bfloat16
     return plgpu.kernel(
         kernel,
@@ -200,39 +223,60 @@ def _kernel(m: int, n: int, k: int, tiles: Tiles) -> Callable[..., Array]:
         thread_name="group",
         kernel_name="nf4_matmul_mosaic",
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
-        scratch_types={"out_smem": plgpu.SMEM((groups, *tile), dtype, transforms=swizzled(tile[1], bits))},
+        scratch_types=[
+            plgpu.SMEM((groups, *tile), dtype, transforms=swizzled(tile[1], bits)),
+            plgpu.SMEM((256, 32), jnp.int32),
+            plgpu.SMEM((groups, 32, scales_pitch(blocks)), jnp.int32),
+            plgpu.Barrier(),
+        ],
     )
 
 
-def _block(shape: tuple[int, int], index: Callable[[Any], Any], transforms: tuple[Any, ...]) -> Any:
-    return plgpu.BlockSpec(shape, index, transforms=transforms, memory_space=plgpu.SMEM)
+def _block(shape: tuple[int, int], index: Callable[[Any], Any], transforms: tuple[Any, ...], late: int) -> Any:
+    return plgpu.BlockSpec(shape, index, transforms=transforms, memory_space=plgpu.SMEM, delay_release=late)
 
 
-def decoded(codes: Array) -> Array:
-    """uint8 [R, C] -> bfloat16 table values [R, 2 C], high nibbles first but for the order of `_permuted`."""
-    shape = (codes.shape[0], 2 * codes.shape[1])
+def _put_scales(scales: Any, here: Any, absmax: Any, nested: list[Any], blocks: int, per_row: int) -> None:
+    """This warpgroup's scales into shared memory."""
+    refs = [here, absmax, *nested]
+    text = scales_text(blocks, per_row, bool(nested))
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * (1 + len(refs)))
+    def put(_: Any, to: Any, *memory: Any) -> tuple[()]:
+        addresses = [_shared(to), *(mgpu.utils.memref_ptr(ref) for ref in memory)]
+        constraints = ",".join(["r", *"l" * len(memory), "~{memory}"])
+        llvm.inline_asm(ir.Type.parse("!llvm.void"), addresses, text, constraints, has_side_effects=True)
+        return ()
+
+    put(scales, *refs)
+
+
+def _decoded(codes: Any, table: Any, scales: Any, row_bytes: int, scale_row_bytes: int) -> Array:
+    """uint8 [64, 32] in shared memory -> bfloat16 weights [64, 64] where wgmma takes them from."""
+    shape = (_OUTPUTS, _STEP)
+    text = weights_text(row_bytes, scale_row_bytes)
 
     @plgpu.inline_mgpu(
-        arg_types=(plgpu.Layout.WGMMA_UPCAST_2X,),
+        arg_types=(plgpu.RefType(),) * 3,
         return_type=plgpu.ShapeDtypeStruct(shape, jnp.bfloat16, plgpu.Layout.WGMMA),
     )
-    def looked_up(_: Any, array: Any) -> Any:
-        layout = mgpu.WGMMA_LAYOUT
-        registers = np.empty(layout.registers_shape(shape), dtype=object)
-        i32 = ir.IntegerType.get_signless(32)
+    def decode(_: Any, *memory: Any) -> Any:
         pair = ir.VectorType.get((2,), ir.BF16Type.get())
-        four = llvm.StructType.get_literal([i32] * 4)
-        for index, register in np.ndenumerate(array.registers):
-            out: Any = llvm.inline_asm(four, [mgpu.utils.bitcast(register, i32)], _LOOKUP, "=r,=r,=r,=r,r")
-            for t in range(4):
-                at = (index[0], index[1] * 4 + t, *index[2 : registers.ndim])
-                registers[at] = mgpu.utils.bitcast(llvm.extractvalue(i32, out, (t,)), pair)
-        assert all(register is not None for register in registers.flat)
-        return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
+        words = llvm.StructType.get_literal([ir.IntegerType.get_signless(32)] * 16)
+        constraints = ",".join(["=&r"] * 16 + ["r"] * 3)
+        addresses = [_shared(ref) for ref in memory]
+        out: Any = llvm.inline_asm(words, addresses, text, constraints, has_side_effects=True)
+        registers = np.empty(mgpu.WGMMA_LAYOUT.registers_shape(shape), dtype=object)
+        # Tiles of 8 columns, of two rows each; see test_nf4_matmul_mosaic.py.
+        flat = registers.reshape(8, 2)
+        for i in range(16):
+            word = llvm.extractvalue(ir.IntegerType.get_signless(32), out, (i,))
+            flat[i % 8, i // 8] = mgpu.utils.bitcast(word, pair)
+        return mgpu.FragmentedArray(_registers=registers, _layout=mgpu.WGMMA_LAYOUT, _is_signed=None)
 
-    return looked_up(codes)
+    return decode(codes, table, scales)
 
 
-# Multiprocessors of the GPUs that this serves.
-_CORES = 132
-_LOOKUP = byte_permutes(bits_in(jnp.bfloat16))
+def _shared(ref: Any) -> Any:
+    """The 32 bits of an address in shared memory."""
+    return llvm.ptrtoint(ir.IntegerType.get_signless(32), mgpu.utils.memref_ptr(ref))
