@@ -92,13 +92,14 @@ def launch(
 
     def kernel(*refs: Any) -> None:
         # Not more than these: barriers and such may follow.
-        refs = refs[: last + 1]
+        refs = refs[: last + bool(shared)]
 
         @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * len(refs))
         def run(_: Any, *memory: Any) -> tuple[()]:
             addresses = [mgpu.utils.memref_ptr(ref) for ref in memory]
-            addresses[last] = llvm.ptrtoint(ir.IntegerType.get_signless(32), addresses[last])
-            constraints = ",".join(["l"] * last + ["r", "~{memory}"])
+            if shared:
+                addresses[last] = llvm.ptrtoint(ir.IntegerType.get_signless(32), addresses[last])
+            constraints = ",".join(["l"] * last + ["r"] * bool(shared) + ["~{memory}"])
             llvm.inline_asm(ir.Type.parse("!llvm.void"), addresses, text, constraints, has_side_effects=True)
             return ()
 
@@ -114,6 +115,6 @@ def launch(
         grid_names=("block",),
         kernel_name=name,
         compiler_params=plgpu.CompilerParams(),
-        scratch_types=[plgpu.SMEM((shared,), jnp.int8)],
+        scratch_types=[plgpu.SMEM((shared,), jnp.int8)] if shared else [],
         **threads,
     )(*operands)

@@ -48,7 +48,7 @@ def nf4_cases(small: bool) -> Iterator[Case]:
             name,
             None,
             dequantize,
-            BOTH_WAYS,
+            (*BOTH_WAYS, "mosaic"),
             make=make,
             call=lambda f, t: f(t, jnp.bfloat16),
             reference=lambda t: nf4_dequantize_reference(t, "bfloat16"),

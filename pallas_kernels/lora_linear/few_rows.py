@@ -16,10 +16,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels.lora_linear.projection import Group, dot, exact_reason, low_rank, stacked_a, tail_width, with_bias
+from pallas_kernels.lora_linear.projection import Group, exact_reason, low_rank, stacked_a, tail_width, with_bias
 from pallas_kernels.lora_linear.xla import lora_linear_xla_backward
 from pallas_kernels.nf4 import NF4Layer, NF4Tensor
-from pallas_kernels.nf4_matmul.triton import FUSED_ROWS, can_fuse, fused_product, fused_row
+from pallas_kernels.nf4_matmul.fused import fused_group
+from pallas_kernels.nf4_matmul.triton import FUSED_ROWS, can_fuse
 from pallas_kernels.nf4_matmul.triton import unsupported_reason as product_reason
 
 
@@ -51,16 +52,7 @@ def lora_linear_few_rows(
         t = scaling * jnp.sum(a * x.astype(jnp.float32), axis=1)[None]
     elif tail:
         t = low_rank(x, stacked_a(group, tail, scaling, x.dtype), group, dropout_key, dropout_rate)
-    if x.shape[0] == 1:
-        return with_bias(fused_row(x, [p.weight for p in group], [p.lora_b for p in group], t), group)
-    parts = [fused_product(x, p.weight) for p in group]
-    if t is not None:
-        column = 0
-        for i, p in enumerate(group):
-            if p.rank:
-                parts[i] = parts[i] + dot(t[:, column : column + p.rank], p.lora_b, 1)
-                column += p.rank
-    return with_bias(parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1), group)
+    return with_bias(fused_group(x, [p.weight for p in group], [p.lora_b for p in group], t), group)
 
 
 def _fwd(

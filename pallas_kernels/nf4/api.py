@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Float
 
 from pallas_kernels._dispatch import choose
-from pallas_kernels.nf4 import triton, xla
+from pallas_kernels.nf4 import mosaic, triton, xla
 from pallas_kernels.nf4.reference import encode_blocks, encode_scales, nf4_dequantize_reference
 from pallas_kernels.nf4.tensor import NF4Layer, NF4Tensor
 from pallas_kernels.nf4.threads import on_all_cores
@@ -77,7 +77,7 @@ def dequantize(
         t: a weight or a stack of them. NumPy leaves are decoded on the host into NumPy, unless an implementation is
             named.
         dtype: of the result: bfloat16, float16 or float32; t.dtype by default.
-        implementation: "triton", "xla", or None to choose.
+        implementation: "triton", "mosaic", "xla", or None to choose.
 
     Raises:
         ValueError: another dtype, or an unknown implementation.
@@ -86,8 +86,15 @@ def dequantize(
     result_dtype = _checked_dtype("dequantize", t.dtype if dtype is None else dtype)
     if implementation is None and isinstance(t.codes, np.ndarray):
         return _dequantize_on_host(t, result_dtype)
-    candidates = {"triton": lambda: triton.unsupported_reason(t), "xla": lambda: xla.unsupported_reason(t)}
-    if choose("nf4.dequantize", implementation, candidates) == "triton":
+    candidates = {
+        "triton": lambda: triton.unsupported_reason(t),
+        "mosaic": lambda: mosaic.unsupported_reason(t, result_dtype),
+        "xla": lambda: xla.unsupported_reason(t),
+    }
+    chosen = choose("nf4.dequantize", implementation, candidates)
+    if chosen == "mosaic":
+        return mosaic.nf4_dequantize_mosaic(t)
+    if chosen == "triton":
         return triton.nf4_dequantize_triton(t, result_dtype)
     return _dequantize_xla(t, result_dtype)
 

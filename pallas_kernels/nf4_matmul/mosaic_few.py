@@ -67,11 +67,12 @@ def few_rows(
 ) -> Array:
     """[M, K] times several weights [N, K] in one launch: their results beside each other, [M, sum of N].
 
-    ups: of each weight a matrix [N, R] that is added along the contraction, or None. low: [M, sum of R], what the ups
-    are multiplied by, in their order. dtype: of the result, or None for x's own.
+    ups: of each weight a matrix [N, R] that is added along the contraction, or None. low: [M, sum of R or more], what
+    the ups are multiplied by, in their order. dtype: of the result, or None for x's own.
     """
     m, k = x.shape
     low = x[:, :0] if low is None else low
+    low = jnp.pad(low, ((0, 0), (0, low.shape[1] % 2)))  # read in pairs
     operands: list[Any] = [x, jnp.asarray(pairs()), jnp.asarray(DYNAMIC_MAP), low if low.size else x]
     members: list[Member] = []
     row = column = 0
@@ -88,7 +89,7 @@ def few_rows(
     wide = (low.dtype == jnp.float32, any(up is not None and up.dtype == jnp.float32 for up in given))
     grid, warps = min(_CORES, row // TILE), min(_MOST_WARPS, -(-k // CHUNK // 4) * 4)
     how = Launch(
-        m, k, tuple(members), layer.stack.is_nested, column, *wide, _WIDTHS[np.dtype(out.dtype).name], grid, warps
+        m, k, tuple(members), layer.stack.is_nested, low.shape[1], *wide, _WIDTHS[np.dtype(out.dtype).name], grid, warps
     )
     return launch(program(how), operands, out, grid=grid, warps=warps, shared=how.shared_bytes, name="nf4_matmul_few")
 

@@ -36,6 +36,10 @@ def _to_bf16(values: np.ndarray) -> Lanes:
     return values.astype(ml_dtypes.bfloat16).view(np.uint16).astype(np.uint64)
 
 
+def _to_f16(values: np.ndarray) -> Lanes:
+    return values.astype(np.float16).view(np.uint16).astype(np.uint64)
+
+
 def _bytes(word: Lanes) -> list[Lanes]:
     return [word >> np.uint64(8 * i) & np.uint64(255) for i in range(4)]
 
@@ -80,6 +84,7 @@ _OPERATIONS: dict[str, Callable[..., Lanes]] = {
     "fma.rn.f32": lambda a, b, c: _bits(_floats(a).astype(np.float64) * _floats(b) + _floats(c)),
     "cvt.rn.bf16.f32": lambda a: _to_bf16(_floats(a)),
     "cvt.rn.bf16x2.f32": lambda high, low: _to_bf16(_floats(low)) | _to_bf16(_floats(high)) << np.uint64(16),
+    "cvt.rn.f16x2.f32": lambda high, low: _to_f16(_floats(low)) | _to_f16(_floats(high)) << np.uint64(16),
     "mul.rn.bf16x2": lambda a, b: (
         _to_bf16(_bf16(a) * _bf16(b)) | _to_bf16(_bf16(a, 16) * _bf16(b, 16)) << np.uint64(16)
     ),
@@ -216,6 +221,6 @@ def launched(
     """Stands for `pallas_kernels._ptx.launch`."""
     machine = Machine([np.asarray(x) for x in operands] + [np.zeros(out.shape, out.dtype)], shared)
     for block in range(grid):
-        machine.run(text, [*machine.addresses, 0], threads=32 * warps, block=block)
+        machine.run(text, [*machine.addresses, *[0] * bool(shared)], threads=32 * warps, block=block)
     count = int(np.prod(out.shape)) * np.dtype(out.dtype).itemsize
     return machine.memory[machine.addresses[-1] :][:count].view(out.dtype).reshape(out.shape)
