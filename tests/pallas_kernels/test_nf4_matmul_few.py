@@ -12,8 +12,10 @@ import pytest
 from ptx import launched
 
 from pallas_kernels._device import lower_for_cuda
+from pallas_kernels._triton import interpreted
 from pallas_kernels.nf4 import NF4Layer, dequantize, quantize
 from pallas_kernels.nf4_matmul import mosaic_few
+from pallas_kernels.nf4_matmul.fused import fused_group
 
 needs_jax_0_11 = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="refused by name, which is tested below")
 # rows, columns, rows of the weights, ranks of their adapters, options: one round of columns and several, the last of
@@ -59,6 +61,23 @@ def test_values(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     true, theirs = np.concatenate(exact, axis=1), np.concatenate(own, axis=1).astype("bfloat16").astype(np.float32)
     error = np.linalg.norm(np.asarray(got, np.float32) - true)
     assert error <= 1.5 * np.linalg.norm(theirs - true)
+
+
+@pytest.mark.parametrize("m", [1, 4])
+def test_a_group_is_the_same_through_mosaic_and_triton(monkeypatch: pytest.MonkeyPatch, m: int) -> None:
+    rng = np.random.default_rng(1)
+    weights = [quantize(jnp.asarray(rng.standard_normal((n, 512)) / 512**0.5, jnp.bfloat16)) for n in (32, 16)]
+    x, low = (jnp.asarray(rng.standard_normal(shape), jnp.bfloat16) for shape in ((m, 512), (m, 4)))
+    ups = [None, jnp.asarray(rng.standard_normal((16, 4)), jnp.bfloat16)]
+    with interpreted():
+        through_triton = fused_group(x, weights, ups, low)
+    monkeypatch.setattr(mosaic_few, "launch", launched)
+    monkeypatch.setattr(mosaic_few, "hopper_reason", lambda: None)
+    through_mosaic = fused_group(x, weights, ups, low)
+    assert isinstance(through_mosaic, np.ndarray)
+    # Both round a table and their results to bfloat16, Triton with several rows a scale and a sum, too.
+    error = np.linalg.norm(np.asarray(through_triton, np.float32) - through_mosaic.astype(np.float32))
+    assert error <= 2 * 2.0**-8 * np.linalg.norm(through_mosaic.astype(np.float32))
 
 
 @needs_jax_0_11
