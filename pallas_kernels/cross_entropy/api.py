@@ -12,7 +12,7 @@ from pallas_kernels.cross_entropy.head import Head, Int8Head
 from pallas_kernels.cross_entropy.triton import unsupported_reason as softmax_reason
 from pallas_kernels.cross_entropy.xla import Form, Vocabulary, linear_cross_entropy_xla
 from pallas_kernels.nf4 import NF4Tensor
-from pallas_kernels.nf4_matmul import triton
+from pallas_kernels.nf4_matmul import mosaic_few, triton
 
 LOGITS_BUDGET_BYTES = 256 * 2**20
 
@@ -98,7 +98,7 @@ def head_logits(hidden: Float[Array, "B T D"], head: Head, implementation: str |
     Args:
         hidden: [B, T, D], the dtype that products are computed in.
         head: as for `linear_cross_entropy`; one in 8 or 4 bits is never decoded whole.
-        implementation: of an NF4 head: "triton", "xla", or None to choose.
+        implementation: of an NF4 head: "mosaic", "triton", "xla", or None to choose.
 
     Raises:
         NotImplementedError: a packed head whose rows are not whole blocks, or the named implementation cannot run.
@@ -111,6 +111,14 @@ def head_logits(hidden: Float[Array, "B T D"], head: Head, implementation: str |
         reason = triton.unsupported_reason(rows, head)
         return reason if reason or triton.can_fuse(rows, head) else f"{rows.shape[0]} rows of {rows.dtype} are too many"
 
-    if choose("head_logits", implementation, {"triton": too_many, "xla": lambda: None}) == "triton":
+    candidates = {
+        "mosaic": lambda: mosaic_few.unsupported_reason(rows, [head]),
+        "triton": too_many,
+        "xla": lambda: None,
+    }
+    chosen = choose("head_logits", implementation, candidates)
+    if chosen == "mosaic":
+        return mosaic_few.few_rows(rows, [head], dtype=jnp.float32).reshape(*hidden.shape[:2], -1)
+    if chosen == "triton":
         return triton.fused_product(rows, head, jnp.float32).reshape(*hidden.shape[:2], -1)
     return head_products.logits(hidden, head_products.prepared(head, hidden.dtype))
