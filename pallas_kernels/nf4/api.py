@@ -77,7 +77,7 @@ def dequantize(
         t: a weight or a stack of them. NumPy leaves are decoded on the host into NumPy, unless an implementation is
             named.
         dtype: of the result: bfloat16, float16 or float32; t.dtype by default.
-        implementation: "triton", "mosaic", "xla", or None to choose.
+        implementation: "mosaic", "triton", "xla", or None to choose.
 
     Raises:
         ValueError: another dtype, or an unknown implementation.
@@ -87,8 +87,8 @@ def dequantize(
     if implementation is None and isinstance(t.codes, np.ndarray):
         return _dequantize_on_host(t, result_dtype)
     candidates = {
-        "triton": lambda: triton.unsupported_reason(t),
         "mosaic": lambda: mosaic.unsupported_reason(t, result_dtype),
+        "triton": lambda: triton.unsupported_reason(t),
         "xla": lambda: xla.unsupported_reason(t),
     }
     chosen = choose("nf4.dequantize", implementation, candidates)

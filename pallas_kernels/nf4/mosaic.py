@@ -1,8 +1,8 @@
 """NF4 decoding as PTX through Mosaic.
 
-Why it exists: Pallas' Triton lowering is deprecated, and this needs nothing of it. A warp decodes 2,048 neighbours: a
+Why it exists: Pallas' Triton lowering is deprecated, and this needs nothing of it. A warp decodes 1,024 neighbours: a
 lane reads four bytes at a time and writes the eight values of them, so that both are whole lines of memory; each lane
-holds one of the table's sixteen values and one of the 32 blocks' scales, which the others fetch by shuffles. Numerics:
+holds one of the table's sixteen values and one of the 16 blocks' scales, which the others fetch by shuffles. Numerics:
 the reference's, to the bit. Refuses what is not decoded to its own dtype of 16 bits in whole warps of blocks of 64,
 GPUs other than Hopper, and JAX before 0.11.
 """
@@ -23,7 +23,7 @@ from pallas_kernels.nf4.tensor import NF4Tensor
 
 _BLOCK, _NESTED_BLOCK = 64, 256
 # Words of eight codes that a lane decodes, 32 of a warp at a time, and warps of a program.
-_WORDS, _WARPS = 8, 4
+_WORDS, _WARPS = 4, 4
 _PROGRAM = _WARPS * 32 * _WORDS * 8
 _CONVERSIONS = {"bfloat16": "cvt.rn.bf16x2.f32", "float16": "cvt.rn.f16x2.f32"}
 # Where a word holds its codes, in their order: high nibbles of its bytes first.
@@ -63,7 +63,7 @@ def program(nested: bool, dtype: str) -> str:
     at = p.address(word, 4, "$0")
     codes = [p("ld.global.nc.L1::no_allocate.b32", f"[{at}+{128 * i}]") for i in range(_WORDS)]
     value = p("ld.global.nc.b32", f"[{p.address(p('and.b32', lane, 15), 4, '$2')}]")
-    number = p("add.u32", p("shr.u32", first, 3), lane)
+    number = p("add.u32", p("shr.u32", first, 3), p("and.b32", lane, 4 * _WORDS - 1))
     if nested:
         code = p("ld.global.nc.u8", f"[{p.address(number, 1, '$1')}]")
         scale = p("ld.global.nc.f32", f"[{p.address(code, 4, '$3')}]")
@@ -81,5 +81,5 @@ def program(nested: bool, dtype: str) -> str:
             # Of sixteen lanes the one that the index's last four bits say.
             values.append(p("mul.rn.f32", p("shfl.sync.idx.b32", value, index, "0x101f", EVERY_LANE), own))
         pairs = [p(_CONVERSIONS[dtype], values[j + 1], values[j]) for j in range(0, 8, 2)]
-        p.do("st.global.v4.b32", f"[{to}+{512 * i}]", pairs)
+        p.do("st.global.cs.v4.b32", f"[{to}+{512 * i}]", pairs)
     return p.text()

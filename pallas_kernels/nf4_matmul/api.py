@@ -11,7 +11,7 @@ from jaxtyping import Float
 
 from pallas_kernels._dispatch import choose
 from pallas_kernels.nf4 import NF4Tensor
-from pallas_kernels.nf4_matmul import mosaic_gpu, triton, xla
+from pallas_kernels.nf4_matmul import mosaic_few, mosaic_gpu, triton, xla
 
 _FORWARD = {
     "mosaic": mosaic_gpu.nf4_matmul_mosaic,
@@ -60,8 +60,8 @@ def nf4_matmul(x: Float[Array, "*M K"], w: NF4Tensor, implementation: str | None
 def _mosaic_is_fastest(x: Array, w: NF4Tensor) -> bool:
     """Whether it was on an H200 for such shapes, where it can run (see docs/kernels.md)."""
     rows, (n, k) = math.prod(x.shape[:-1]), w.shape
-    # Weights of few rows and many columns leave multiprocessors without work.
-    return triton.FUSED_ROWS < rows <= mosaic_gpu.MOST_ROWS and n >= 2 * k
+    # Beyond what has a kernel of its own, weights of few rows and many columns leave multiprocessors without work.
+    return rows <= mosaic_few.MOST_ROWS or (rows <= mosaic_gpu.MOST_ROWS and n >= 2 * k)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

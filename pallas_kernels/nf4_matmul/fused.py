@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from pallas_kernels.nf4.tensor import NF4Layer, NF4Tensor
-from pallas_kernels.nf4_matmul import mosaic_few, triton
+from pallas_kernels.nf4_matmul import mosaic_few, mosaic_gpu, triton
 
 
 def fused_group(
@@ -26,7 +26,7 @@ def fused_group(
         return mosaic_few.few_rows(x, weights, ups, low)
     if x.shape[0] == 1:
         return triton.fused_row(x, weights, ups, low)
-    parts = [triton.fused_product(x, w) for w in weights]
+    parts = [_several_rows(x, w) for w in weights]
     column = 0
     for i, up in enumerate(ups or ()):
         if up is not None:
@@ -35,3 +35,11 @@ def fused_group(
             parts[i] += lax.dot_general(some, up.astype(x.dtype), (((1,), (1,)), ((), ())))
             column += up.shape[1]
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
+
+
+def _several_rows(x: Array, w: NF4Tensor | NF4Layer) -> Array:
+    n, k = w.shape
+    tall = n >= 2 * k  # as nf4_matmul chooses
+    if tall and mosaic_gpu.unsupported_reason(x, w) is None:
+        return mosaic_gpu.nf4_matmul_mosaic(x, w)
+    return triton.fused_product(x, w)

@@ -1,4 +1,4 @@
-"""Products of up to 16 rows with NF4 weights, several weights and their adapters in one launch (PTX through Mosaic).
+"""Products of up to 8 rows with NF4 weights, several weights and their adapters in one launch (PTX through Mosaic).
 
 Why it exists: few rows wait for the weights' bytes, and decoding them is what keeps a multiprocessor busy: seven
 instructions for a weight through Triton, one and a half here. Each block of threads stays on its multiprocessor and
@@ -27,7 +27,8 @@ from pallas_kernels.nf4.tensor import NF4Layer, NF4Tensor
 from pallas_kernels.nf4_matmul.few_program import BLOCK, CHUNK, TILE, Launch, Member, program
 from pallas_kernels.nf4_matmul.lookup import bits_in
 
-MOST_ROWS = 16
+# More are faster through wgmma (mosaic_gpu.py).
+MOST_ROWS = 8
 _MOST_WARPS, _CORES = 16, 132
 _WIDTHS = {"bfloat16": False, "float32": True}
 

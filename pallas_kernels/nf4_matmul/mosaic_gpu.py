@@ -3,7 +3,7 @@ Mosaic GPU).
 
 Why it exists: such a product waits for its weights, and a decoded weight that is written and read again is eight times
 as much to move. Here bytes come to shared memory by TMA, a byte of codes becomes a pair of values in the registers that
-`wgmma` takes an operand from (see tile_assembly.py), and values never leave them. Up to 16 rows have a kernel of their
+`wgmma` takes an operand from (see tile_assembly.py), and values never leave them. Up to 8 rows have a kernel of their
 own (mosaic_few.py). Numerics: the table and the scales are rounded to bfloat16 before they are multiplied, which the
 reference does after; sums are float32. Refuses what is not bfloat16 in blocks of 64, sizes that tiles do not divide,
 GPUs other than Hopper, and JAX before 0.11.
@@ -43,14 +43,13 @@ _CORES, _SHARED = 132, 232448 - 2048
 
 class Tiles(NamedTuple):
     """rows: of x. groups: warpgroups of 64 rows of the weight. columns: of a step; steps: in flight. split: parts that
-    the columns are cut into, summed at the end. late: products of a step that the next one need not wait for."""
+    the columns are cut into, summed at the end."""
 
     rows: int
     groups: int = 2
     columns: int = 128
-    steps: int = 4
+    steps: int = 8
     split: int = 1
-    late: int = 0
 
     def fitted(self, k: int) -> Tiles:
         """With as many of the steps as there is shared memory for."""
@@ -77,7 +76,7 @@ def unsupported_reason(x: Array, w: Any) -> str | None:
     tiles = tiles_for(rows.shape[0], w)
     if w.shape[0] % (_OUTPUTS * tiles.groups) or w.shape[1] % (tiles.columns * tiles.split):
         return f"its tiles do not divide a weight {w.shape}"
-    if tiles.steps < 2 + tiles.late:
+    if tiles.steps < 2:
         return f"a row of {w.shape[1]} columns leaves no shared memory for its tiles"
     return None
 
@@ -88,7 +87,7 @@ def tiles_for(rows: int, w: NF4Tensor | NF4Layer) -> Tiles:
     size = min(256, max(16, pl.next_power_of_2(rows)))
     columns = 64 if rows > 64 or k % 128 else 128
     programs = -(-rows // size) * (n // (2 * _OUTPUTS))
-    split = max((s for s in (1, 2, 4, 7, 8) if k % (columns * s) == 0 and programs * s <= 2 * _CORES), default=1)
+    split = max((s for s in (1, 2, 4, 7, 8) if k % (columns * s) == 0 and programs * s <= _CORES), default=1)
     return Tiles(size, columns=columns, split=split if rows <= 64 else 1).fitted(k)
 
 
@@ -124,7 +123,7 @@ def _operands(x: Array, w: NF4Layer) -> list[Any]:
 def _kernel(m: int, stack: NF4Tensor, tiles: Tiles) -> Callable[..., Array]:
     """(what `_operands` gives) -> [M, N], or [split * N, M] float32 parts."""
     n, k = stack.shape
-    rows, groups, columns, steps, split, late = tiles
+    rows, groups, columns, steps, split = tiles
     wide, part, per_row = _OUTPUTS * groups, k // split, k // _STEP
     row_tiles, output_tiles, blocks = m // rows, n // wide, part // _STEP
     in_parts = split > 1
@@ -145,8 +144,8 @@ def _kernel(m: int, stack: NF4Tensor, tiles: Tiles) -> Callable[..., Array]:
                 grid=(part // columns,),
                 memory_registers=40,
                 in_specs=[
-                    _block((wide, columns // 2), lambda i: (0, i), (), late),
-                    _block((rows, columns), lambda i: (0, i), swizzled(_STEP, 16), late),
+                    _block((wide, columns // 2), lambda i: (0, i), ()),
+                    _block((rows, columns), lambda i: (0, i), swizzled(_STEP, 16)),
                 ],
                 wg_axis="group",
                 num_compute_wgs=groups,
@@ -199,7 +198,7 @@ def _kernel(m: int, stack: NF4Tensor, tiles: Tiles) -> Callable[..., Array]:
                         scales_at = scales_smem.at[group, :, pl.ds(i * (columns // _STEP) + step, 1)]
                         weights = _decoded(bytes_at, table_smem, scales_at, columns // 2, 4 * scales_pitch(blocks))
                         plgpu.wgmma(sums, weights, x_smem.at[:, step * _STEP : (step + 1) * _STEP].T)
-                    plgpu.wgmma_wait(late)
+                    plgpu.wgmma_wait(0)
                     return sums
 
                 columns_at, outputs_at = pl.ds(number * part, part), pl.ds(output * wide, wide)
@@ -232,8 +231,8 @@ def _kernel(m: int, stack: NF4Tensor, tiles: Tiles) -> Callable[..., Array]:
     )
 
 
-def _block(shape: tuple[int, int], index: Callable[[Any], Any], transforms: tuple[Any, ...], late: int) -> Any:
-    return plgpu.BlockSpec(shape, index, transforms=transforms, memory_space=plgpu.SMEM, delay_release=late)
+def _block(shape: tuple[int, int], index: Callable[[Any], Any], transforms: tuple[Any, ...]) -> Any:
+    return plgpu.BlockSpec(shape, index, transforms=transforms, memory_space=plgpu.SMEM)
 
 
 def _put_scales(scales: Any, here: Any, absmax: Any, nested: list[Any], blocks: int, per_row: int) -> None:

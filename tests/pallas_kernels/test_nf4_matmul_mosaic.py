@@ -81,7 +81,7 @@ def test_tiles_fit_and_fill(rows: int, shape: tuple[int, int]) -> None:
     w = jax.eval_shape(quantize, jax.ShapeDtypeStruct(shape, jnp.bfloat16))
     tiles = mosaic_gpu.tiles_for(rows, w)
     assert shape[1] % (tiles.columns * tiles.split) == 0
-    assert 2 + tiles.late <= tiles.steps
+    assert tiles.steps >= 2
 
 
 def test_refusals_say_why() -> None:
@@ -98,11 +98,11 @@ def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
     w = jax.eval_shape(quantize, shape((128, 256), jnp.bfloat16))
     assert mosaic_gpu.unsupported_reason(shape((2, 256, 256), jnp.bfloat16), w) is None
     narrow = jax.eval_shape(quantize, shape((96, 256), jnp.bfloat16))
-    assert mosaic_gpu.unsupported_reason(shape((16, 256), jnp.bfloat16), narrow) is None
+    assert mosaic_gpu.unsupported_reason(shape((8, 256), jnp.bfloat16), narrow) is None
     refused = {
         "computes in bfloat16": (shape((16, 256), jnp.float32), w),
         "1 to 512 rows, not 513": (shape((513, 256), jnp.bfloat16), w),
-        "do not divide a weight (96, 256)": (shape((17, 256), jnp.bfloat16), narrow),
+        "do not divide a weight (96, 256)": (shape((9, 256), jnp.bfloat16), narrow),
     }
     for words, arguments in refused.items():
         assert words in (mosaic_gpu.unsupported_reason(*arguments) or "")

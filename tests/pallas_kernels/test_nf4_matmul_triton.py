@@ -98,7 +98,14 @@ def test_one_row_of_float32_has_weights_rounded_to_their_own_dtype() -> None:
 
 @pytest.mark.parametrize(
     ("m", "n", "k", "chosen"),
-    [(1, 4096, 14336, "triton"), (65, 4096, 14336, "triton"), (65, 14336, 4096, "mosaic"), (512, 14336, 4096, "mosaic")]
+    [
+        (1, 4096, 14336, "mosaic"),
+        (9, 4096, 14336, "triton"),
+        (9, 14336, 4096, "mosaic"),
+        (65, 4096, 14336, "triton"),
+        (65, 14336, 4096, "mosaic"),
+        (512, 14336, 4096, "mosaic"),
+    ]
     + [(513, 14336, 4096, "triton"), (256, 4096, 4096, "triton"), (256, 8200, 4096, "triton"), (8192, 40, 96, "xla")],
 )
 def test_what_is_chosen_on_a_hopper_gpu(m: int, n: int, k: int, chosen: str) -> None:

@@ -38,6 +38,6 @@ def test_reasons() -> None:
         ("stack", quantize(jnp.ones((2, 64, 128))), "float32"),
         (needs, t, "bfloat16"),
     ]
-    refused += [("8192 elements at a time", quantize(jnp.ones((8, 64), jnp.bfloat16)), "bfloat16")]
+    refused += [("4096 elements at a time", quantize(jnp.ones((8, 64), jnp.bfloat16)), "bfloat16")]
     for words, weight, dtype in refused:
         assert words in (mosaic.unsupported_reason(weight, dtype) or "")
