@@ -1,6 +1,6 @@
 """What stands around an 8-bit product as Pallas kernels through Triton: rows rounded to e4m3, and results finished.
 
-Why they exist: XLA reads a row once for its largest value and once more to round it; here it stays in registers. And
+Why they exist: XLA reads a row once for its largest value and once more to round it; here it stays on the chip. And
 what cuBLASLt leaves is multiplied by two scales and then added to by an adapter's product, each a pass over the largest
 arrays of a layer; here both are one pass, in place. Numerics: rows as the reference's, but for the last bit of a GPU's
 division; results are scaled and summed in float32 and rounded once, where the separate passes round twice. Refuses to
@@ -9,6 +9,7 @@ round rows that do not fit the registers, and on GPUs before Ada.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -30,8 +31,12 @@ from pallas_kernels._triton import (
 from pallas_kernels.fp8_matmul.reference import E4M3, row_scales
 
 _MAX_WIDTH = 32768
-# Elements of a row that one warp holds.
-_ELEMENTS_PER_WARP = 1024
+# A row is read in pieces of at most so many elements if whole ones make it up; in one, with lanes that are masked, if
+# that took pieces of less than the second. The third is what one warp holds.
+_PIECE, _LEAST_PIECE, _ELEMENTS_PER_WARP = 4096, 512, 1024
+# Wider rows are read twice, the second time from the cache: in registers they leave room for one row to a
+# multiprocessor, which then waits for memory before it computes.
+_KEPT_WIDTH = 16384
 # A tile of a result, and how much of the adapter's contraction is taken at a time; Triton's least is 16.
 _TILE_ROWS, _TILE_COLUMNS, _STEP, _LEAST_STEP = 128, 128, 64, 16
 
@@ -62,17 +67,24 @@ def finish_reason() -> str | None:
 def quantize_rows_triton(x: Array, column_scale: Array | None) -> tuple[Array, Array]:
     """e4m3 [M, K] and float32 [M] of x [M, K], times column_scale [K] before it is rounded where there is one."""
     m, k = x.shape
-    size = pl.next_power_of_2(k)
+    size = min(k & -k, _PIECE)
+    if size < _LEAST_PIECE:
+        size = pl.next_power_of_2(k)
 
     def kernel(x_ref: Any, *refs: Any) -> None:
         row = pl.program_id(0)
-        columns = masked_span(0, size, row)
-        inside = None if size == k else lax.iota(jnp.int32, size) < k
-        values = load_f32(x_ref.at[row, columns], inside)
-        if column_scale is not None:
-            values *= load_f32(refs[0].at[columns], inside)
-        scale = row_scales(jnp.max(jnp.abs(values)))
-        plt.store(refs[-2].at[row, columns], (values / scale).astype(E4M3), mask=inside)
+        pieces = [masked_span(start, size, row) for start in range(0, k, size)]
+        inside = None if k % size == 0 else lax.iota(jnp.int32, size) < k
+
+        def read(piece: Any) -> Array:
+            values = load_f32(x_ref.at[row, piece], inside)
+            return values if column_scale is None else values * load_f32(refs[0].at[piece], inside)
+
+        kept = [read(piece) for piece in pieces]
+        scale = row_scales(jnp.max(functools.reduce(jnp.maximum, map(jnp.abs, kept))))
+        for piece, values in zip(pieces, kept, strict=True):
+            values = values if k <= _KEPT_WIDTH else read(piece)
+            plt.store(refs[-2].at[row, piece], (values / scale).astype(E4M3), mask=inside)
         plt.store(refs[-1].at[row], scale)
 
     operands = [x] if column_scale is None else [x, column_scale]
@@ -82,7 +94,7 @@ def quantize_rows_triton(x: Array, column_scale: Array | None) -> tuple[Array, A
         grid=(m,),
         in_specs=[WHOLE] * len(operands),
         out_specs=[WHOLE] * 2,
-        num_warps=max(1, min(size // _ELEMENTS_PER_WARP, 16)),
+        num_warps=max(1, min(pl.next_power_of_2(k) // _ELEMENTS_PER_WARP, 16)),
         name="fp8_quantize_rows",
     )(*operands)
     return values, scale
@@ -104,7 +116,8 @@ def finish_triton(
         step = min(_STEP, rank & -rank)
 
     def kernel(raw_ref: Any, row_scale_ref: Any, *refs: Any) -> None:
-        first, column = pl.program_id(0) * rows, pl.program_id(1) * columns
+        # The grid's first axis is what runs side by side: neighbours in memory.
+        first, column = pl.program_id(1) * rows, pl.program_id(0) * columns
         at, across = pl.ds(first, rows), pl.ds(column, columns)
         in_rows, in_columns = first + lax.iota(jnp.int32, rows) < m, column + lax.iota(jnp.int32, columns) < n
         whole = m % rows == 0 and n % columns == 0
@@ -129,7 +142,7 @@ def finish_triton(
     return triton_call(
         kernel,
         out_shape=jax.ShapeDtypeStruct((m, n), raw.dtype),
-        grid=(pl.cdiv(m, rows), pl.cdiv(n, columns)),
+        grid=(pl.cdiv(n, columns), pl.cdiv(m, rows)),
         in_specs=[WHOLE] * len(operands),
         out_specs=WHOLE,
         input_output_aliases={0: 0},

@@ -135,7 +135,7 @@ def test_rounding_is_to_the_nearest() -> None:
     np.testing.assert_allclose(taken, wanted, atol=1e-5)
 
 
-@pytest.mark.parametrize(("m", "n", "rank"), [(23, 70, 8), (128, 256, 80), (130, 40, 0)])
+@pytest.mark.parametrize(("m", "n", "rank"), [(23, 70, 8), (128, 256, 80), (130, 40, 0), (5, 1536, 16)])
 def test_kernels_around_the_product(m: int, n: int, rank: int) -> None:
     """Rows rounded as the reference rounds them, and results scaled and added to as XLA does; of any shape."""
     x, column = jnp.asarray(normal(50, m, n)), jnp.asarray(1 + normal(51, n) ** 2)
