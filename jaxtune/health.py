@@ -264,7 +264,9 @@ def _random(shape: tuple[int, ...], dtype: str, name: str, embedding: float, key
     if len(shape) > 1 and math.prod(shape) > _AT_ONCE:
         # A part at a time: generators need several times what they make.
         part, keys = partial(_random, shape[1:], dtype, name, embedding), jax.random.split(key, shape[0])
-        return jax.lax.map(part, keys, batch_size=max(1, _AT_ONCE // math.prod(shape[1:])))
+        # Of equal parts: where some rows are left over, all of them are copied once more.
+        most = max(1, _AT_ONCE // math.prod(shape[1:]))
+        return jax.lax.map(part, keys, batch_size=max(n for n in range(1, most + 1) if shape[0] % n == 0))
     if dtype == "uint8":
         return jax.random.bits(key, shape, jnp.uint8)
     if not jnp.issubdtype(dtype, jnp.floating):

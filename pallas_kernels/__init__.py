@@ -7,6 +7,7 @@ later would take its function's name. `python -m pallas_kernels.bench` checks an
 """
 
 from pallas_kernels.adam8bit import Moments8bit, adam8bit, adam8bit_init
+from pallas_kernels._stack import StackLayer
 from pallas_kernels.attention import attention, cached_attention
 from pallas_kernels.cross_entropy import linear_cross_entropy
 from pallas_kernels.fp8_matmul import fp8_matmul
@@ -30,6 +31,7 @@ __all__ = [
     "adam8bit_init",
     "add_rms_norm",
     "attention",
+    "StackLayer",
     "cached_attention",
     "fp8_matmul",
     "glu",

@@ -12,6 +12,7 @@ from jaxtune.linear import Linears
 from jaxtune.models.config import DecoderConfig
 from jaxtune.models.context import Cache, Context
 from jaxtune.models.norm import norm
+from pallas_kernels import StackLayer
 from pallas_kernels.attention import attention, cached_attention
 from pallas_kernels.rope import rope, split_rope
 
@@ -58,6 +59,6 @@ def self_attention(
             "k": lax.dynamic_update_slice(cache["k"], k[None], at),
             "v": lax.dynamic_update_slice(cache["v"], v[None], at),
         }
-        keys, values = (lax.dynamic_index_in_dim(cache[name], layer, keepdims=False) for name in ("k", "v"))
+        keys, values = (StackLayer(cache[name], layer) for name in ("k", "v"))
         out = cached_attention(q, keys, values, context.cache_start, first=context.cache_first, **form)
     return linears.apply("o_proj", out.reshape(b, t, -1)), cache

@@ -21,10 +21,13 @@ from jaxtune.models.context import PLAIN, Cache, Context, Execution, Past
 from jaxtune.models.norm import norm
 from jaxtune.models.rope import document_lengths
 from jaxtune.parts import Parts
+from pallas_kernels import StackLayer
 from pallas_kernels.cross_entropy import Head, head_logits
 from pallas_kernels.nf4 import NF4Layer, NF4Tensor
 
 Tree = Mapping[str, Any]
+# The norms that `norm_linear` takes in.
+_BEFORE_LINEARS = "input_layernorm", "post_attention_layernorm"
 Carry = tuple[Array, Cache | None]
 # What sets layers apart beside their weights: how far their queries see, and what is computed in 8 bits.
 Kind = tuple[int | None, Fp8 | None]
@@ -187,12 +190,17 @@ def hidden_states(
     if embedded is None and parts is not None:
         embedded = parts.embedded(frozen["embed_tokens"]["embedding"], tokens)
     x = embed(frozen, tokens, config, dtype, embedded)
+    # A step of generation is as long as its launches: what is small is read where it lies.
+    one_token = past is not None and tokens.size == 1
 
     # The cache is carried: as an input and output of the loop it would exist twice. Weights are picked from their stack
     # inside of what is recomputed: what waits for the backward pass is the stack, and no layer's copy.
     def layer(carry: Carry, inputs: tuple[Any, Array], kind: Kind) -> tuple[Carry, None]:
         (x, cache), (adapter, index) = carry, inputs
         base = jax.tree.map(partial(_pick, index=index), frozen["layers"], is_leaf=_is_packed)
+        if one_token:
+            adapter = jax.tree.map(lambda stack: StackLayer(stack, index), lora.get("layers", {}))
+            base |= {name: {"scale": StackLayer(frozen["layers"][name]["scale"], index)} for name in _BEFORE_LINEARS}
         if parts is not None:
             base, adapter = parts.layer(base, adapter)
         key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
@@ -206,7 +214,7 @@ def hidden_states(
         return carry, None
 
     carry: Carry = x, None if past is None else past.cache
-    layers = lora.get("layers", {}), jnp.arange(config.num_layers)
+    layers = {} if one_token else lora.get("layers", {}), jnp.arange(config.num_layers)
     for start, stop, period in _loops(kinds, len(config.windows)):
         cuts = [slice(first, stop, period) for first in range(start, start + period)]
         patterns = [jax.tree.map(lambda leaf, cut=cut: leaf[cut], layers) for cut in cuts]

@@ -7,7 +7,8 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from pallas_kernels._dispatch import choose
-from pallas_kernels.attention import cudnn, triton
+from pallas_kernels._stack import StackLayer, picked
+from pallas_kernels.attention import cudnn, one_query, triton
 from pallas_kernels.attention.reference import attention_reference, visible
 from pallas_kernels.attention.xla import Form, attention_xla
 
@@ -67,30 +68,39 @@ def attention(
 
 def cached_attention(
     q: Float[Array, "B T N H"],
-    k_cache: Float[Array, "B S K H"],
-    v_cache: Float[Array, "B S K H"],
+    k_cache: Float[Array, "B S K H"] | StackLayer,
+    v_cache: Float[Array, "B S K H"] | StackLayer,
     start: Int[Array, ""] | int,
     *,
     first: Int[Array, " B"] | None = None,
     window: int | None = None,
     cap: float | None = None,
     scale: float | None = None,
+    implementation: str | None = None,
 ) -> Float[Array, "B T N H"]:
     """Attention of T new tokens to a cache that already holds them: query t stands at index start + t of the S cached
     keys.
 
     Args:
-        q: [B, T, N, H]. k_cache, v_cache: [B, S, K, H]; what lies behind index start + t is not seen by query t.
+        q: [B, T, N, H]. k_cache, v_cache: [B, S, K, H], each an array or a layer of a stack; what lies behind index start + t is not seen by query t.
         start: tokens that were in the cache before.
         first: int32 [B], index of each row's first token: what stands before it is padding, which no query sees; None
             where no row is padded. Queries that are padding themselves give finite values without meaning.
         window, cap, scale: as in `attention`.
+        implementation: "triton" (of one new token), "xla", or None to choose.
 
     Returns:
         [B, T, N, H] in q's dtype.
+
+    Raises:
+        NotImplementedError: the named implementation cannot serve this call; the text says why.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     _check_positive(window, cap)
+    candidates = {"triton": lambda: one_query.unsupported_reason(q, k_cache), "xla": lambda: None}
+    if choose("cached_attention", implementation, candidates) == "triton":
+        return one_query.cached_attention_triton(q, k_cache, v_cache, start, first, Form(scale, window, cap))
+    k_cache, v_cache = picked(k_cache), picked(v_cache)
     keys = jnp.arange(k_cache.shape[1])
     mask = visible(start + jnp.arange(q.shape[1]), keys, None, None, window)
     if first is not None:

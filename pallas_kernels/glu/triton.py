@@ -55,7 +55,7 @@ def glu_forward_triton(operands: tuple[Array, ...], activation: str, tail: int) 
         row, start, inside = _position(tile, width)
         gate = load_f32(gate_ref.at[row, pl.ds(start, tile)], inside)
         up = load_f32(up_ref.at[row, pl.ds(offset + start, tile)], inside)
-        value = gate * _weight_and_slope(gate, activation)[0] * up
+        value = gated(gate, up, activation)
         plt.store(out_ref.at[row, pl.ds(start, tile)], value.astype(out_ref.dtype), mask=inside)
         if tail:
 
@@ -109,6 +109,11 @@ def glu_backward_triton(
         name="glu_backward",
     )(dh, *operands)
     return (results[0] if with_h else None), tuple(results[with_h:])
+
+
+def gated(gate: Array, up: Array, activation: str) -> Array:
+    """activation(gate) * up, all float32."""
+    return gate * _weight_and_slope(gate, activation)[0] * up
 
 
 def _layout(operands: tuple[Array, ...]) -> tuple[int, int, int]:

@@ -13,7 +13,15 @@ from pallas_kernels.glu.triton import unsupported_reason
 from pallas_kernels.glu_linear.fp8 import glu_linear_fp8
 from pallas_kernels.glu_linear.triton import glu_linear_triton
 from pallas_kernels.lora_linear import few_rows, grouped_lora_linear
-from pallas_kernels.lora_linear.projection import Projection, check_group, exact_reason, extended_reason, fp8_reason
+from pallas_kernels.lora_linear.one_row import gated_low_row
+from pallas_kernels.lora_linear.projection import (
+    Projection,
+    check_group,
+    exact_reason,
+    extended_reason,
+    fp8_reason,
+    on_their_own,
+)
 
 _BLOCKS = {"fp8": glu_linear_fp8, "triton": glu_linear_triton}
 
@@ -57,6 +65,10 @@ def glu_linear(
         "xla": lambda: exact_reason(group),
     }
     chosen = choose("glu_linear", implementation, candidates)
+    if chosen == "few_rows" and few_rows.reads_stacks(gate_up[..., : width // 2], group, dropout_key):
+        h, low = gated_low_row(gate_up.reshape(1, width), group, activation, scaling)
+        return few_rows.row_product(h, group, low).reshape(*gate_up.shape[:-1], -1)
+    (projection,) = group = on_their_own(group)
     if chosen in _BLOCKS:
         rows = gate_up.reshape(-1, width)
         y = _BLOCKS[chosen](rows, projection, dropout_key, activation, scaling, dropout_rate, name)

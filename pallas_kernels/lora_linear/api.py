@@ -15,6 +15,7 @@ from pallas_kernels.lora_linear.projection import (
     exact_reason,
     extended_reason,
     fp8_reason,
+    on_their_own,
 )
 from pallas_kernels.lora_linear.triton import lora_linear_triton
 from pallas_kernels.lora_linear.xla import lora_linear_xla
@@ -99,5 +100,6 @@ def grouped_lora_linear(
     }
     chosen = choose("lora_linear", implementation, candidates)
     rows = x.reshape(-1, x.shape[-1])
-    y = _IMPLEMENTATIONS[chosen](rows, tuple(group), dropout_key, scaling, dropout_rate)
+    group = tuple(group) if chosen == "few_rows" and few_rows.reads_stacks(rows, group, dropout_key) else on_their_own(group)
+    y = _IMPLEMENTATIONS[chosen](rows, group, dropout_key, scaling, dropout_rate)
     return y.reshape(*x.shape[:-1], -1)

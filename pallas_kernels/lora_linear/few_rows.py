@@ -2,7 +2,8 @@
 
 Why it exists: with few rows a product waits for its weight's bytes, and a decoded weight is eight times as many to move
 (written, then read). A layer of a stack is read where it lies. For one row all layers that share it are one launch,
-which adds the adapters to its sums before it rounds them. Numerics and saved values of several rows: the separate
+which adds the adapters to its sums before it rounds them; adapters that are layers of a stack are read there, too, and
+then the low rank comes from `one_row`. Numerics and saved values of several rows: the separate
 form's (see projection.py), with the base's product as `nf4_matmul` has it through Triton; the backward pass is that of
 XLA. Refuses dense weights, and more rows than those products take.
 """
@@ -16,6 +17,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from pallas_kernels._stack import StackLayer
+from pallas_kernels.lora_linear.one_row import low_row
 from pallas_kernels.lora_linear.projection import Group, exact_reason, low_rank, stacked_a, tail_width, with_bias
 from pallas_kernels.lora_linear.xla import lora_linear_xla_backward
 from pallas_kernels.nf4 import NF4Layer, NF4Tensor
@@ -39,11 +42,23 @@ def unsupported_reason(x: Array, group: Group) -> str | None:
     return None
 
 
+def reads_stacks(x: Array, group: Group, dropout_key: Array | None) -> bool:
+    """Whether x [..., K] is one row and adapters of this group are layers of stacks, to be read where they lie."""
+    return dropout_key is None and x.size == x.shape[-1] and any(isinstance(p.lora_a, StackLayer) for p in group)
+
+
+def row_product(x: Array, group: Group, low: Array | None) -> Array:
+    """x [M, K] times the weights, and low [M, sum of R] times the lora_b: [M, sum of N]."""
+    return with_bias(fused_group(x, [p.weight for p in group], [p.lora_b for p in group], low), group)
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def lora_linear_few_rows(
     x: Array, group: Group, dropout_key: Array | None, scaling: float, dropout_rate: float
 ) -> Array:
     """[M, K] -> [M, sum of N]; see `pallas_kernels.lora_linear.api`."""
+    if reads_stacks(x, group, dropout_key):
+        return row_product(x, group, low_row(x, group, scaling))
     tail, no_dropout = tail_width(group, extended=False), dropout_key is None or dropout_rate == 0.0
     t = None
     if tail and x.shape[0] == 1 and no_dropout:
@@ -52,7 +67,7 @@ def lora_linear_few_rows(
         t = scaling * jnp.sum(a * x.astype(jnp.float32), axis=1)[None]
     elif tail:
         t = low_rank(x, stacked_a(group, tail, scaling, x.dtype), group, dropout_key, dropout_rate)
-    return with_bias(fused_group(x, [p.weight for p in group], [p.lora_b for p in group], t), group)
+    return row_product(x, group, t)
 
 
 def _fwd(

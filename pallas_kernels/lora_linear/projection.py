@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from pallas_kernels._stack import picked
 from pallas_kernels.lora_linear.part_key import PartKey
 from pallas_kernels.nf4 import NF4Layer, NF4Tensor, dequantize
 from pallas_kernels.nf4.triton import decode_into
@@ -32,7 +33,7 @@ class Projection:
     """One frozen linear layer and its adapter.
 
     weight: [N, K], dense or NF4 (an NF4Tensor, or an NF4Layer of a stack). bias: [N] or None.
-    lora_a: [R, K] and lora_b: [N, R] in any floating dtype, or None. fp8: round the base's products to 8 bits, forward
+    lora_a: [R, K] and lora_b: [N, R] in any floating dtype (each an array, or for inference a `StackLayer`), or None. fp8: round the base's products to 8 bits, forward
     and backward (see `fp8_matmul`); the adapter's stay in x's dtype. exact_forward: with fp8, the gradient's alone.
     """
 
@@ -58,6 +59,11 @@ class Projection:
 
 
 Group = Sequence[Projection]
+
+
+def on_their_own(group: Group) -> tuple[Projection, ...]:
+    """The same with adapters that are layers of a stack taken out of it."""
+    return tuple(dataclasses.replace(p, lora_a=picked(p.lora_a), lora_b=picked(p.lora_b)) for p in group)
 
 
 def check_group(op: str, width: int, group: Group) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 from jax import Array, lax
 
+from pallas_kernels._stack import StackLayer, picked
 from pallas_kernels.nf4.tensor import NF4Layer, NF4Tensor
 from pallas_kernels.nf4_matmul import mosaic_few, mosaic_gpu, triton
 
@@ -14,7 +15,7 @@ from pallas_kernels.nf4_matmul import mosaic_few, mosaic_gpu, triton
 def fused_group(
     x: Array,
     weights: Sequence[NF4Tensor | NF4Layer],
-    ups: Sequence[Array | None] | None = None,
+    ups: Sequence[Array | StackLayer | None] | None = None,
     low: Array | None = None,
 ) -> Array:
     """[M, K] times several weights [N, K]: their results beside each other, [M, sum of N] in x's dtype.
@@ -32,7 +33,7 @@ def fused_group(
         if up is not None:
             assert low is not None
             some = low[:, column : column + up.shape[1]].astype(x.dtype)
-            parts[i] += lax.dot_general(some, up.astype(x.dtype), (((1,), (1,)), ((), ())))
+            parts[i] += lax.dot_general(some, picked(up).astype(x.dtype), (((1,), (1,)), ((), ())))
             column += up.shape[1]
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
 

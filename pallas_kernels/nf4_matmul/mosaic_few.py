@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from pallas_kernels._stack import StackLayer, as_stack_layer
 from pallas_kernels._ptx import hopper_reason, launch
 from pallas_kernels.nf4.reference import DYNAMIC_MAP
 from pallas_kernels.nf4.tensor import NF4Layer, NF4Tensor
@@ -62,7 +63,7 @@ def unsupported_reason(x: Any, weights: Sequence[Any], ups: Sequence[Any] | None
 def few_rows(
     x: Array,
     weights: Sequence[NF4Tensor | NF4Layer],
-    ups: Sequence[Array | None] | None = None,
+    ups: Sequence[Array | StackLayer | None] | None = None,
     low: Array | None = None,
     dtype: Any = None,
 ) -> Array:
@@ -84,7 +85,9 @@ def few_rows(
         members.append(Member(w.shape[0], row, len(operands), rank, column))
         operands += [_as_operand(layer.index), stack.codes, stack.absmax]
         operands += [stack.nested_absmax, jnp.reshape(stack.nested_offset, (-1,))] if stack.is_nested else []
-        operands += [] if up is None else [_as_operand(np.int32(0)), up]
+        if up is not None:
+            up = as_stack_layer(up)
+            operands += [_as_operand(up.index), up.stack]
         row, column = row + w.shape[0], column + rank
     out = jax.ShapeDtypeStruct((m, row), dtype or x.dtype)
     wide = (low.dtype == jnp.float32, any(up is not None and up.dtype == jnp.float32 for up in given))

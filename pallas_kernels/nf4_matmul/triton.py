@@ -22,6 +22,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
+from pallas_kernels._stack import StackLayer, as_stack_layer, picked
 from pallas_kernels._triton import WHOLE, masked_span, triton_call
 from pallas_kernels.nf4.reference import DYNAMIC_MAP
 from pallas_kernels.nf4.tensor import NF4Layer, NF4Tensor, as_layer
@@ -113,7 +114,7 @@ def _scales(stack: NF4Tensor, layer: Array, first: Array, block: Array, shape: t
 def fused_row(
     x: Array,
     weights: Sequence[NF4Tensor | NF4Layer],
-    ups: Sequence[Array | None] | None = None,
+    ups: Sequence[Array | StackLayer | None] | None = None,
     low: Array | None = None,
     dtype: Any = None,
 ) -> Array:
@@ -138,14 +139,18 @@ def fused_row(
         if up is not None:
             assert low is not None
             # Triton has blocks of powers of two.
-            of_member += [jnp.pad(up, ((0, 0), (0, padded - rank)))]
+            stacked = up if rank == padded else jnp.pad(picked(up), ((0, 0), (0, padded - rank)))
+            stacked = as_stack_layer(stacked)
+            of_member += [stacked.stack, jnp.reshape(stacked.index, (1,))]
             start = sum(each.shape[1] for each in ups[: len(members)] if each is not None)
             lows += [jnp.pad(low[0, start : start + rank], (0, padded - rank))]
         members.append((stack, n, tile, programs, rows, len(operands), column, padded))
         operands += of_member
         programs, rows, column = programs + pl.cdiv(n, tile), rows + n, column + padded
     shared = [x.reshape(-1), jnp.asarray(table_of(x.dtype, for_sums=True)), jnp.asarray(DYNAMIC_MAP)]
-    shared += [jnp.concatenate(lows)] if lows else []
+    if lows:
+        assert low is not None
+        shared.append(low[0] if column == low.shape[1] else jnp.concatenate(lows))
 
     def kernel(*refs: Any) -> None:
         number, (x_ref, table_ref, map_ref, *low_refs), out_ref = pl.program_id(0), refs[: len(shared)], refs[-1]
@@ -156,7 +161,8 @@ def fused_row(
             scale_refs = (absmax_ref, table_ref, map_ref, *more[: 2 * stack.is_nested])
             y = _row_sums(x_ref, codes_ref, scale_refs, stack, layer, first, tile)
             if rank:
-                up = plt.load(more[2 * stack.is_nested].at[pl.ds(first, tile)]).astype(jnp.float32)
+                up_ref, at_ref = more[2 * stack.is_nested :][:2]
+                up = plt.load(up_ref.at[at_ref[0], pl.ds(first, tile)]).astype(jnp.float32)
                 low = plt.load(low_refs[0].at[pl.ds(column, rank)]).astype(jnp.float32)
                 y += jnp.sum(up * low[None], axis=1)
             plt.store(out_ref.at[pl.ds(row + first, tile)], y.astype(out_ref.dtype))

@@ -7,8 +7,17 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float, Key
 
 from pallas_kernels._dispatch import choose
+from pallas_kernels._stack import StackLayer, picked
 from pallas_kernels.lora_linear import few_rows, grouped_lora_linear
-from pallas_kernels.lora_linear.projection import Group, check_group, exact_reason, extended_reason, fp8_reason
+from pallas_kernels.lora_linear.one_row import normed_low_row, normed_reason
+from pallas_kernels.lora_linear.projection import (
+    Group,
+    check_group,
+    exact_reason,
+    extended_reason,
+    fp8_reason,
+    on_their_own,
+)
 from pallas_kernels.norm_linear.fp8 import norm_linear_fp8
 from pallas_kernels.norm_linear.triton import norm_linear_triton
 from pallas_kernels.rms_norm import rms_norm
@@ -19,7 +28,7 @@ _BLOCKS = {"fp8": norm_linear_fp8, "triton": norm_linear_triton}
 
 def norm_linear(
     x: Float[Array, "*M D"],
-    scale: Float[Array, D],
+    scale: Float[Array, D] | StackLayer,
     group: Group,
     *,
     residual: Float[Array, "*M D"] | None = None,
@@ -60,10 +69,15 @@ def norm_linear(
         "xla": lambda: exact_reason(group),
     }
     chosen = choose("norm_linear", implementation, candidates)
+    if chosen == "few_rows" and few_rows.reads_stacks(x, group, dropout_key) and normed_reason(d) is None:
+        rows, added = x.reshape(-1, d), None if residual is None else residual.reshape(-1, d)
+        h, total, low = normed_low_row(rows, added, scale, tuple(group), eps, unit_offset, scaling)
+        return few_rows.row_product(h, group, low).reshape(*x.shape[:-1], -1), total.reshape(x.shape)
+    scale = picked(scale)
     if chosen in _BLOCKS:
         rows, added = x.reshape(-1, d), None if residual is None else residual.reshape(-1, d)
         y, total = _BLOCKS[chosen](
-            rows, added, scale, tuple(group), dropout_key, eps, unit_offset, scaling, dropout_rate, name
+            rows, added, scale, on_their_own(group), dropout_key, eps, unit_offset, scaling, dropout_rate, name
         )
         return y.reshape(*x.shape[:-1], -1), total.reshape(x.shape)
     total = x if residual is None else x + residual
