@@ -6,8 +6,8 @@ Each op is a package, and most are named like their function: `pallas_kernels.rm
 later would take its function's name. `python -m pallas_kernels.bench` checks and times them.
 """
 
-from pallas_kernels.adam8bit import Moments8bit, adam8bit, adam8bit_init
 from pallas_kernels._stack import StackLayer
+from pallas_kernels.adam8bit import Moments8bit, adam8bit, adam8bit_init
 from pallas_kernels.attention import attention, cached_attention
 from pallas_kernels.cross_entropy import linear_cross_entropy
 from pallas_kernels.fp8_matmul import fp8_matmul
@@ -27,11 +27,11 @@ __all__ = [
     "Moments8bit",
     "NF4Tensor",
     "Projection",
+    "StackLayer",
     "adam8bit",
     "adam8bit_init",
     "add_rms_norm",
     "attention",
-    "StackLayer",
     "cached_attention",
     "fp8_matmul",
     "glu",

@@ -35,7 +35,7 @@ class StackLayer:
 
 
 def picked(array: Any) -> Any:
-    """An array as it is, a layer of a stack on its own: what XLA computes on fuses the choice, a kernel needs a copy."""
+    """An array as it is, a layer of a stack on its own: XLA fuses the choice into what it computes, kernels copy it."""
     if not isinstance(array, StackLayer):
         return array
     return lax.dynamic_index_in_dim(array.stack, array.index, keepdims=False)

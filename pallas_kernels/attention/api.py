@@ -82,7 +82,8 @@ def cached_attention(
     keys.
 
     Args:
-        q: [B, T, N, H]. k_cache, v_cache: [B, S, K, H], each an array or a layer of a stack; what lies behind index start + t is not seen by query t.
+        q: [B, T, N, H]. k_cache, v_cache: [B, S, K, H], each an array or a layer of a stack; what lies behind index
+            start + t is not seen by query t.
         start: tokens that were in the cache before.
         first: int32 [B], index of each row's first token: what stands before it is padding, which no query sees; None
             where no row is padded. Queries that are padding themselves give finite values without meaning.
@@ -100,12 +101,11 @@ def cached_attention(
     candidates = {"triton": lambda: one_query.unsupported_reason(q, k_cache), "xla": lambda: None}
     if choose("cached_attention", implementation, candidates) == "triton":
         return one_query.cached_attention_triton(q, k_cache, v_cache, start, first, Form(scale, window, cap))
-    k_cache, v_cache = picked(k_cache), picked(v_cache)
     keys = jnp.arange(k_cache.shape[1])
     mask = visible(start + jnp.arange(q.shape[1]), keys, None, None, window)
     if first is not None:
         mask = mask & (keys >= first[:, None])[:, None]
-    return attention_reference(q, k_cache, v_cache, mask, scale, cap)
+    return attention_reference(q, picked(k_cache), picked(v_cache), mask, scale, cap)
 
 
 def _check_positive(window: int | None, cap: float | None) -> None:

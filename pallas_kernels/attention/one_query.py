@@ -61,7 +61,7 @@ def cached_attention_triton(
         if form.window is not None:
             begin = jnp.maximum(begin, end - form.window)
         each = pl.cdiv(pl.cdiv(end - begin, _TILE), parts)
-        # Queries beyond the group's are the last one again, and not written; keys beyond the cache likewise, and not seen.
+        # Queries beyond the group's are read within the array, and not written; keys beyond the cache are not seen.
         heads = head * group + lax.iota(jnp.int32, rows)
         query = plt.load(q_ref.at[row, jnp.minimum(heads, n - 1)[:, None], across(rows)])
 

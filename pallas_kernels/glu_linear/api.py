@@ -68,7 +68,8 @@ def glu_linear(
     if chosen == "few_rows" and few_rows.reads_stacks(gate_up[..., : width // 2], group, dropout_key):
         h, low = gated_low_row(gate_up.reshape(1, width), group, activation, scaling)
         return few_rows.row_product(h, group, low).reshape(*gate_up.shape[:-1], -1)
-    (projection,) = group = on_their_own(group)
+    projection = on_their_own(group)[0]
+    group = (projection,)
     if chosen in _BLOCKS:
         rows = gate_up.reshape(-1, width)
         y = _BLOCKS[chosen](rows, projection, dropout_key, activation, scaling, dropout_rate, name)

@@ -100,6 +100,10 @@ def grouped_lora_linear(
     }
     chosen = choose("lora_linear", implementation, candidates)
     rows = x.reshape(-1, x.shape[-1])
-    group = tuple(group) if chosen == "few_rows" and few_rows.reads_stacks(rows, group, dropout_key) else on_their_own(group)
+    group = (
+        tuple(group)
+        if chosen == "few_rows" and few_rows.reads_stacks(rows, group, dropout_key)
+        else on_their_own(group)
+    )
     y = _IMPLEMENTATIONS[chosen](rows, group, dropout_key, scaling, dropout_rate)
     return y.reshape(*x.shape[:-1], -1)

@@ -24,7 +24,7 @@ from pallas_kernels.glu.triton import gated
 from pallas_kernels.lora_linear.projection import Group
 from pallas_kernels.rms_norm.reference import scaled
 
-# Rows of lora_a of one program; columns that are read at a time where a row is longer; the longest row to be normalised.
+# Rows of lora_a of one program; columns read at a time where a row is longer; the longest row to be normalised.
 _ROWS, _CHUNK, _WIDEST = 2, 4096, 16384
 _WARPS = 8
 
@@ -96,7 +96,7 @@ def _low(
     scaling: float,
     name: str,
 ) -> list[Array]:
-    """`made` rows [1, K] in dtype that `make` gives for a span of columns, and the first one's products with the lora_a.
+    """`made` rows [1, K] in dtype that `make` gives for a span of columns, and the first one's products with lora_a.
 
     row: K, and the columns of a span.
     """
@@ -126,7 +126,9 @@ def _low(
 
                 # Each span is written once, by one of all programs.
                 @pl.when(number == span % programs)
-                def _(columns: Any = columns, inside: Array | None = inside, arrays: tuple[Array, ...] = arrays) -> None:
+                def _(
+                    columns: Any = columns, inside: Array | None = inside, arrays: tuple[Array, ...] = arrays
+                ) -> None:
                     for ref, array in zip(outs[:made], arrays, strict=False):
                         plt.store(ref.at[columns], array, mask=inside)
 

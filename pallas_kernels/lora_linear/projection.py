@@ -33,8 +33,9 @@ class Projection:
     """One frozen linear layer and its adapter.
 
     weight: [N, K], dense or NF4 (an NF4Tensor, or an NF4Layer of a stack). bias: [N] or None.
-    lora_a: [R, K] and lora_b: [N, R] in any floating dtype (each an array, or for inference a `StackLayer`), or None. fp8: round the base's products to 8 bits, forward
-    and backward (see `fp8_matmul`); the adapter's stay in x's dtype. exact_forward: with fp8, the gradient's alone.
+    lora_a: [R, K] and lora_b: [N, R] in any floating dtype, or None; in inference each may be a `StackLayer`. fp8:
+    round the base's products to 8 bits, forward and backward (see `fp8_matmul`); the adapter's stay in x's dtype.
+    exact_forward: with fp8, the gradient's alone.
     """
 
     weight: Any

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float, Key
@@ -62,10 +64,11 @@ def norm_linear(
     if scale.shape != (d,) or (residual is not None and residual.shape != x.shape):
         shapes = f"x {x.shape}, scale {scale.shape}, residual {None if residual is None else residual.shape}"
         raise ValueError(f"norm_linear: {shapes}; scale must be [{d}] and the residual like x")
+    own_scale: Any = picked(scale)
     candidates = {
         "fp8": lambda: fp8_reason(group),
         "few_rows": lambda: few_rows.unsupported_reason(x, group),
-        "triton": lambda: unsupported_reason(x, scale) or extended_reason(group),
+        "triton": lambda: unsupported_reason(x, own_scale) or extended_reason(group),
         "xla": lambda: exact_reason(group),
     }
     chosen = choose("norm_linear", implementation, candidates)
@@ -73,15 +76,14 @@ def norm_linear(
         rows, added = x.reshape(-1, d), None if residual is None else residual.reshape(-1, d)
         h, total, low = normed_low_row(rows, added, scale, tuple(group), eps, unit_offset, scaling)
         return few_rows.row_product(h, group, low).reshape(*x.shape[:-1], -1), total.reshape(x.shape)
-    scale = picked(scale)
     if chosen in _BLOCKS:
         rows, added = x.reshape(-1, d), None if residual is None else residual.reshape(-1, d)
         y, total = _BLOCKS[chosen](
-            rows, added, scale, on_their_own(group), dropout_key, eps, unit_offset, scaling, dropout_rate, name
+            rows, added, own_scale, on_their_own(group), dropout_key, eps, unit_offset, scaling, dropout_rate, name
         )
         return y.reshape(*x.shape[:-1], -1), total.reshape(x.shape)
     total = x if residual is None else x + residual
-    h = rms_norm(total, scale, eps=eps, unit_offset=unit_offset)
+    h = rms_norm(total, own_scale, eps=eps, unit_offset=unit_offset)
     y = grouped_lora_linear(
         h, group, scaling=scaling, dropout_rate=dropout_rate, dropout_key=dropout_key, implementation=chosen
     )

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels import StackLayer
+from pallas_kernels._device import lower_for_cuda
+from pallas_kernels._triton import interpreted
 from pallas_kernels.attention import attention, cached_attention
 from pallas_kernels.attention import xla as attention_xla_module
 
@@ -159,3 +164,48 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
         attention(q, k, v, window=0)
     with pytest.raises(ValueError, match="both must be positive"):
         cached_attention(q, k, v, 0, cap=-1.0)
+
+
+@pytest.mark.parametrize(
+    ("heads", "width", "capacity", "start", "first", "window", "cap"),
+    [
+        ((8, 2), 64, 300, 150, [7, 0], None, None),
+        ((6, 2), 32, 200, 199, None, 50, 3.0),
+        ((4, 4), 16, 64, 0, [0, 0], None, None),
+        ((16, 1), 128, 130, 70, [0, 69], 500, None),
+    ],
+)
+def test_one_query_through_triton(
+    heads: tuple[int, int],
+    width: int,
+    capacity: int,
+    start: int,
+    first: list[int] | None,
+    window: int | None,
+    cap: float | None,
+) -> None:
+    """A cache of one layer in a stack, in parts of which some are empty; what is not to be seen is NaN."""
+    rng = np.random.default_rng(start)
+    q = jnp.asarray(rng.standard_normal((2, 1, heads[0], width)), jnp.bfloat16)
+    caches = [jnp.asarray(rng.standard_normal((3, 2, capacity, heads[1], width)), jnp.bfloat16) for _ in "kv"]
+    begin = None if first is None else jnp.asarray(first, jnp.int32)
+    form: Any = {"first": begin, "window": window, "cap": cap}
+    seen = jnp.arange(capacity) <= start
+    hidden = [jnp.where(seen[:, None, None], cache, jnp.nan) for cache in caches]
+    with interpreted():
+        layers = [StackLayer(cache, jnp.int32(1)) for cache in hidden]
+        got = cached_attention(q, *layers, jnp.int32(start), implementation="triton", **form)
+    own = cached_attention(q, *(cache[1] for cache in caches), start, implementation="xla", **form)
+    exact = [x.astype(jnp.float32) for x in (q, *(cache[1] for cache in caches))]
+    true = np.asarray(cached_attention(*exact, start, implementation="xla", **form))
+    assert np.linalg.norm(got - true) <= 1.5 * np.linalg.norm(own - true)
+
+
+def test_one_query_lowers_for_a_gpu() -> None:
+    q, cache = jnp.zeros((2, 1, 8, 128), jnp.bfloat16), jnp.zeros((3, 2, 512, 2, 128), jnp.bfloat16)
+
+    def step(q: Any, k: Any, v: Any, start: Any) -> Any:
+        layers = [StackLayer(each, jnp.int32(2)) for each in (k, v)]
+        return cached_attention(q, *layers, start, cap=30.0, window=100, implementation="triton")
+
+    assert "cached_attention" in lower_for_cuda(step, q, cache, cache, jnp.int32(7))
