@@ -21,8 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from pallas_kernels._stack import StackLayer, as_stack_layer
 from pallas_kernels._ptx import hopper_reason, launch
+from pallas_kernels._stack import StackLayer, as_stack_layer
 from pallas_kernels.nf4.reference import DYNAMIC_MAP
 from pallas_kernels.nf4.tensor import NF4Layer, NF4Tensor
 from pallas_kernels.nf4_matmul.few_program import BLOCK, CHUNK, TILE, Launch, Member, program
