@@ -15,8 +15,11 @@ BLOCK, _BLOCKS = 64, 4
 CHUNK = BLOCK * _BLOCKS
 _NESTED_BLOCK = 256
 _DEPTH = 3
-# Of a thread in the ring: codes of two rows, and two words each of scales.
-_CODE_BYTES, _SCALE_BYTES = 2 * _BLOCKS * 8, 16
+# Of a warp in a slot of the ring: its rows' codes, so far apart that four rows lie in other banks; and their scales,
+# which are four floats, or four codes and, after those of all rows, one float.
+_PITCH = CHUNK // 2 + 32
+_SCALES_AT = TILE * _PITCH
+_SLOT = _SCALES_AT + TILE * 16
 _TABLE_BYTES = 256 * 32 * 4
 # Rows of x that one mma takes.
 _GROUP = 8
@@ -59,7 +62,7 @@ class Launch(NamedTuple):
     @property
     def shared_bytes(self) -> int:
         """Of the table, two tiles' sums, and the ring."""
-        return _TABLE_BYTES + 2 * self.sums_bytes + _DEPTH * (_CODE_BYTES + _SCALE_BYTES) * 32 * self.warps
+        return _TABLE_BYTES + 2 * self.sums_bytes + _DEPTH * _SLOT * self.warps
 
 
 @functools.lru_cache(64)
@@ -96,6 +99,7 @@ class _FewRows:
         p.do("bar.sync", 0)
         p.label("items")
         p.do("cp.async.wait_group", _DEPTH - 1)
+        p.do("bar.warp.sync", EVERY_LANE)
         codes, scales = self._codes(), self._scales()
         chunk = p("mad.lo.u32", self.round, self.warps, self.warp)
         if self.rounds * self.warps > self.chunks:
@@ -103,6 +107,8 @@ class _FewRows:
             scales = [p("selp.b32", scale, 0, inside) for scale in scales]
         adapters = self._adapters() if self.launch.low else []
         self._multiply(codes, scales, x or self._x(p("min.u32", chunk, self.chunks - 1)))
+        # The slot that is written to next has been read by all lanes.
+        p.do("bar.warp.sync", EVERY_LANE)
         self._copy_ahead()
         if self.rounds > 1:
             p.do("bra", "next", when=p.test("ne", self.round, self.rounds - 1))
@@ -125,10 +131,8 @@ class _FewRows:
         self.tile, self.ahead = p("mov.u32", block), p("mov.u32", block)
         self.round, self.slot, self.ahead_round, self.ahead_slot, self.parity = (p("mov.u32", 0) for _ in range(5))
         self.sums = [[p("mov.b32", 0) for _ in range(4)] for _ in range(self.groups)]
-        ring = _TABLE_BYTES + 2 * self.launch.sums_bytes
-        self.ring = p("mad.lo.u32", self.thread, 8, p("add.u32", self.shared, ring))
-        few = p("add.u32", self.shared, ring + _CODE_BYTES * self.threads)
-        self.ring_of_scales = p("mad.lo.u32", self.thread, 4, few)
+        ring = p("add.u32", self.shared, _TABLE_BYTES + 2 * self.launch.sums_bytes)
+        self.ring = p("mad.lo.u32", self.warp, _SLOT, ring)
         self.codes_at, self.absmax_at, self.nested_at, self.offsets = (self._bases(i) for i in range(4))
         self.ups = self._bases(4)
         self.rows_of_x = [p("min.u32", p("add.u32", self.g, 8 * i), self.launch.m - 1) for i in range(self.groups)]
@@ -170,7 +174,7 @@ class _FewRows:
 
     def _step(self, tile: str, round_: str, slot: str) -> None:
         """To this block's next item."""
-        p, size = self.p, (_CODE_BYTES + _SCALE_BYTES) * self.threads
+        p, size = self.p, _SLOT * self.warps
         p.do("add.u32", slot, slot, size)
         p.do("mov.u32", slot, 0, when=p.test("ge", slot, _DEPTH * size))
         p.do("add.u32", round_, round_, 1)
@@ -179,33 +183,32 @@ class _FewRows:
         p.do("add.u32", tile, tile, self.launch.grid, when=done)
 
     def _copy_ahead(self) -> None:
-        """Begins to copy what this thread needs of an item, if there is one."""
+        """Begins to copy an item's codes and scales for this warp, if there is one: eight lanes to a row's line."""
         p, k, tile = self.p, self.k, self.ahead
         there = p.test("lt", tile, self.rows // TILE)
         chunk = p("min.u32", p("mad.lo.u32", self.ahead_round, self.warps, self.warp), self.chunks - 1)
-        row = p("mad.lo.u32", tile, TILE, self.g)
-        codes = p.address(row, k // 2, self._of_member(tile, self.codes_at, "b64"))
-        codes = p.address(self.t, 8, p.address(chunk, CHUNK // 2, codes))
-        to = p("add.u32", self.ring, self.ahead_slot)
-        for half in range(2):
-            for block in range(_BLOCKS):
-                number, at = half * _BLOCKS + block, 8 * half * (k // 2) + 32 * block
-                places = (f"[{to}+{8 * self.threads * number}]", f"[{codes}+{at}]")
-                p.do("cp.async.ca.shared.global", *places, 8, when=there)
-        to = p("add.u32", self.ring_of_scales, self.ahead_slot)
-        nested, size = self.launch.nested, self._scale_bytes()
-        absmax = p.address(row, self.per_row * size, self._of_member(tile, self.absmax_at, "b64"))
-        absmax = p.address(chunk, _BLOCKS * size, absmax)
-        absmax = absmax if nested else p.address(self.t, 4, absmax)
-        for half in range(2):
-            places = (f"[{to}+{4 * self.threads * half}]", f"[{absmax}+{8 * half * self.per_row * size}]")
+        first, to = p("mul.lo.u32", tile, TILE), p("add.u32", self.ring, self.ahead_slot)
+        line, piece = p("shr.u32", self.lane, 3), p("and.b32", self.lane, 7)
+        codes = p.address(chunk, CHUNK // 2, self._of_member(tile, self.codes_at, "b64"))
+        codes = p.address(piece, 16, p.address(p("add.u32", first, line), k // 2, codes))
+        lane_to = p("mad.lo.u32", piece, 16, p("mad.lo.u32", line, _PITCH, to))
+        for more in range(0, TILE, 4):
+            places = (f"[{lane_to}+{more * _PITCH}]", f"[{codes}+{more * (k // 2)}]")
+            p.do("cp.async.cg.shared.global", *places, 16, when=there)
+        # Of scales a lane has a row, half of the lanes none.
+        there = p.test("lt", tile, p("selp.b32", self.rows // TILE, 0, p.test("lt", self.lane, TILE)))
+        row, size = p("add.u32", first, self.lane), _BLOCKS * self._scale_bytes()
+        absmax = p.address(row, self.per_row // _BLOCKS * size, self._of_member(tile, self.absmax_at, "b64"))
+        lane_to = p("add.u32", to, p("mul.lo.u32", self.lane, size))
+        places = (f"[{lane_to}+{_SCALES_AT}]", f"[{p.address(chunk, size, absmax)}]")
+        p.do("cp.async.ca.shared.global", *places, size, when=there)
+        if self.launch.nested:
+            own = p("sub.u32", row, self._of_member(tile, [n.row for n in self.members]))
+            number = p("mad.lo.u32", own, self.per_row, p("mul.lo.u32", chunk, _BLOCKS))
+            index = p("shr.u32", number, _NESTED_BLOCK.bit_length() - 1)
+            nested = p.address(index, 4, self._of_member(tile, self.nested_at, "b64"))
+            places = (f"[{lane_to}+{_SCALES_AT + TILE * size}]", f"[{nested}]")
             p.do("cp.async.ca.shared.global", *places, 4, when=there)
-            if nested:
-                own = p("sub.u32", p("add.u32", row, 8 * half), self._of_member(tile, [n.row for n in self.members]))
-                block_number = p("mad.lo.u32", own, self.per_row, p("mul.lo.u32", chunk, _BLOCKS))
-                scale = p.address(p("shr.u32", block_number, 8), 4, self._of_member(tile, self.nested_at, "b64"))
-                places = (f"[{to}+{4 * self.threads * (2 + half)}]", f"[{scale}]")
-                p.do("cp.async.ca.shared.global", *places, 4, when=there)
         p.do("cp.async.commit_group")
         self._step(self.ahead, self.ahead_round, self.ahead_slot)
 
@@ -238,22 +241,27 @@ class _FewRows:
 
     def _codes(self) -> list[list[list[str]]]:
         """Of the two rows, of each block, two words."""
-        p, at = self.p, self.p("add.u32", self.ring, self.slot)
+        p = self.p
+        at = p("mad.lo.u32", self.t, 8, p("mad.lo.u32", self.g, _PITCH, p("add.u32", self.ring, self.slot)))
         codes = [[p.registers(2) for _ in range(_BLOCKS)] for _ in range(2)]
-        for number, words in enumerate(codes[0] + codes[1]):
-            p.do("ld.shared.v2.b32", words, f"[{at}+{8 * self.threads * number}]")
+        for half, blocks in enumerate(codes):
+            for block, words in enumerate(blocks):
+                p.do("ld.shared.v2.b32", words, f"[{at}+{8 * half * _PITCH + block * BLOCK // 2}]")
         return codes
 
     def _scales(self) -> list[str]:
         """Of the two rows, the scale of block t."""
-        p, at = self.p, self.p("add.u32", self.ring_of_scales, self.slot)
-        stored = [p("ld.shared.b32", f"[{at}+{4 * self.threads * i}]") for i in range(self.of_scales)]
-        if not self.launch.nested:
-            return stored
-        offset, shift, scales = self._of_member(self.tile, self.offsets), p("shl.b32", self.t, 3), []
-        for four, nested in zip(stored[:2], stored[2:], strict=True):
-            code = p("and.b32", p("shr.u32", four, shift), 255)
+        p, size, scales = self.p, _BLOCKS * self._scale_bytes(), []
+        base = p("add.u32", p("add.u32", self.ring, self.slot), _SCALES_AT)
+        offset, shift = self._of_member(self.tile, self.offsets), p("shl.b32", self.t, 3)
+        for half in (0, 8):
+            at = p("mad.lo.u32", p("add.u32", self.g, half), size, base)
+            if not self.launch.nested:
+                scales.append(p("ld.shared.b32", f"[{p('mad.lo.u32', self.t, 4, at)}]"))
+                continue
+            code = p("and.b32", p("shr.u32", p("ld.shared.b32", f"[{at}]"), shift), 255)
             value = p("ld.global.nc.f32", f"[{p.address(code, 4, '$2')}]")
+            nested = p("ld.shared.f32", f"[{at}+{TILE * size}]")
             scales.append(p("add.rn.f32", p("mul.rn.f32", value, nested), offset))
         return scales
 

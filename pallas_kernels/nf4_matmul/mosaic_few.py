@@ -1,11 +1,11 @@
 """Products of up to 8 rows with NF4 weights, several weights and their adapters in one launch (PTX through Mosaic).
 
 Why it exists: few rows wait for the weights' bytes, and decoding them is what keeps a multiprocessor busy: seven
-instructions for a weight through Triton, one and a half here. Each block of threads stays on its multiprocessor and
-takes tiles of 16 rows of the weights in turn; codes of the next ones are under way (`cp.async`), each thread's own, so
-that no barrier is waited for. A byte of codes is looked up as a pair of values in a table that each bank of shared
-memory holds a copy of. The pairs are operands of `mma`, whose sums of a scale's 64 columns are scaled in float32; the
-order of columns in a sum is free, so that canonical bytes need no rearranging. Warps share the columns and add up.
+instructions for a weight through Triton, less than four here. Each block of threads stays on its multiprocessor and
+takes tiles of 16 rows of the weights in turn; codes of the next ones are under way (`cp.async`), each warp's own. A
+byte of codes is looked up as a pair of values in a table that each bank of shared memory holds a copy of. The pairs are
+operands of `mma`, whose sums of a scale's 64 columns are scaled in float32; the order of columns in a sum is free, so
+that canonical bytes need no rearranging. Warps share the columns and add up.
 Numerics: the table is rounded to bfloat16, the scale is not, sums are float32; adapters (up, low) are bfloat16.
 Results repeat bit for bit. Refuses what is not bfloat16 in blocks of 64 and rows of whole chunks of 256 columns, GPUs
 other than Hopper, and JAX before 0.11.
