@@ -49,6 +49,13 @@ def compute_capability() -> float | None:
     return float(capability) if capability else None
 
 
+def multiprocessors() -> int:
+    """How many the GPU at hand has; without one, those of the one that `lower_for_cuda` stands for."""
+    device = jax.local_devices()[0]
+    counted = getattr(device, "core_count", None) if device.platform == "gpu" else None
+    return int(counted or _H200.num_cores)
+
+
 def lower_for_cuda(function: Callable[..., Any], *arguments: Any, donate: tuple[int, ...] = ()) -> str:
     """The program that `function` of arrays (or their shapes) becomes on an H200, as StableHLO; needs no GPU.
 

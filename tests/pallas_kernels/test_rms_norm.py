@@ -11,7 +11,7 @@ import pytest
 
 from pallas_kernels._device import lower_for_cuda
 from pallas_kernels._triton import interpreted
-from pallas_kernels.rms_norm import add_rms_norm, rms_norm, rms_norm_backward, rms_norm_forward
+from pallas_kernels.rms_norm import add_rms_norm, rms_norm, rms_norm_backward, rms_norm_forward, triton
 
 IMPLEMENTATIONS = ("xla", "triton")
 EPS = 1e-5
@@ -84,6 +84,22 @@ def test_room_behind_and_gradients_by_other_paths(width: int, tail: int) -> None
             total, scale, inverse_rms, dy, extra=extra, d_total=d_total, implementation=implementation
         )
         np.testing.assert_allclose(actual, dx + np.asarray(d_total), rtol=2e-6, atol=1e-5)
+
+
+@pytest.mark.usefixtures("interpreter")
+@pytest.mark.parametrize(("rows", "width"), [(13, 4096), (717, 45)])
+def test_programs_that_stay_for_many_rows(rows: int, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU of one multiprocessor these are many; the last tile of short rows is not full."""
+    monkeypatch.setattr(triton, "multiprocessors", lambda: 1)
+    monkeypatch.setattr(triton, "_STAYING_FORWARD", (3, 512))
+    x, scale, dy = normal(rows, width), normal(width, seed=1), normal(rows, width, seed=2)
+
+    def results(implementation: str) -> tuple[jax.Array, ...]:
+        y, pullback = jax.vjp(lambda x: rms_norm(x, scale, implementation=implementation), x)
+        return y, *pullback(dy)
+
+    for ours, expected in zip(results("triton"), results("xla")):
+        np.testing.assert_allclose(ours, expected, atol=2e-5)
 
 
 @pytest.mark.usefixtures("interpreter")
