@@ -11,7 +11,8 @@ import jax
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 # The GPU that `lower_for_cuda` stands for.
-_H200 = AbstractDevice("NVIDIA H200", num_cores=132, platform="gpu")
+_MULTIPROCESSORS = 132
+_H200 = AbstractDevice("NVIDIA H200", num_cores=_MULTIPROCESSORS, platform="gpu")
 _CAPABILITIES = {"NVIDIA H200": 9.0}
 # What `assume_capability` says, in a tuple of one; None where it says nothing.
 _assumed: contextvars.ContextVar[tuple[float | None] | None] = contextvars.ContextVar("assumed", default=None)
@@ -52,8 +53,7 @@ def compute_capability() -> float | None:
 def multiprocessors() -> int:
     """How many the GPU at hand has; without one, those of the one that `lower_for_cuda` stands for."""
     device = jax.local_devices()[0]
-    counted = getattr(device, "core_count", None) if device.platform == "gpu" else None
-    return int(counted or _H200.num_cores)
+    return getattr(device, "core_count", _MULTIPROCESSORS) if device.platform == "gpu" else _MULTIPROCESSORS
 
 
 def lower_for_cuda(function: Callable[..., Any], *arguments: Any, donate: tuple[int, ...] = ()) -> str:
