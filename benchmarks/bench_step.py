@@ -223,6 +223,7 @@ KINDS = {
     "norms": ("rms_norm",),
     "gated unit": ("glu",),
     "rotary": ("rope",),
+    "softmax of the head": ("log_sum_exp", "softmax"),
     "optimizer": ("adam",),
     "copies": ("memcpy", "copy", "concatenate", "dynamic_update_slice", "dynamic-update-slice"),
 }
