@@ -44,3 +44,9 @@ def picked(array: Any) -> Any:
 def as_stack_layer(array: Any) -> StackLayer:
     """An array as kernels read it: of a stack, at an index."""
     return array if isinstance(array, StackLayer) else StackLayer(array[None], 0)
+
+
+def written(layer: StackLayer, rows: Any, start: Any) -> Any:
+    """The stack with rows [B, T, ...] written into one layer [B, S, ...] of it, from index `start` on."""
+    at = (layer.index, 0, start) + (0,) * (rows.ndim - 2)
+    return lax.dynamic_update_slice(layer.stack, rows[None].astype(layer.dtype), at)

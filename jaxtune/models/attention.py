@@ -5,16 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 from jaxtyping import Float
 
 from jaxtune.linear import Linears
 from jaxtune.models.config import DecoderConfig
 from jaxtune.models.context import Cache, Context
 from jaxtune.models.norm import norm
-from pallas_kernels import StackLayer
+from pallas_kernels._stack import StackLayer, written
 from pallas_kernels.attention import attention, cached_attention
-from pallas_kernels.rope import rope, split_rope
+from pallas_kernels.rope import rope, split_rope, split_rope_into_cache
 
 
 def self_attention(
@@ -44,7 +44,7 @@ def self_attention(
         q, k, v = jnp.split(by_head, (heads, heads + kv_heads), axis=2)
         q, k = norm(q, linears.base["q_norm"], config), norm(k, linears.base["k_norm"], config)
         q, k = rope(q, k, context.cos, context.sin)
-    else:
+    elif cache is None:
         q, k, v = split_rope(qkv, context.cos, context.sin, heads=heads, kv_heads=kv_heads)
     form: Any = {"window": context.window, "cap": config.attention_cap, "scale": config.attention_scale}
     if cache is None and context.parts is not None:
@@ -54,11 +54,13 @@ def self_attention(
     elif cache is None:
         out = attention(q, k, v, segment_ids=context.segment_ids, **form)
     else:
-        at = (layer, 0, context.cache_start, 0, 0)
-        cache = {
-            "k": lax.dynamic_update_slice(cache["k"], k[None], at),
-            "v": lax.dynamic_update_slice(cache["v"], v[None], at),
-        }
+        keys, values = (StackLayer(cache[name], layer) for name in ("k", "v"))
+        start = context.cache_start
+        if "q_norm" in linears.base:
+            cache = {"k": written(keys, k, start), "v": written(values, v, start)}
+        else:
+            q, *new = split_rope_into_cache(qkv, context.cos, context.sin, keys, values, start, heads=heads)
+            cache = dict(zip("kv", new, strict=True))
         keys, values = (StackLayer(cache[name], layer) for name in ("k", "v"))
         out = cached_attention(q, keys, values, context.cache_start, first=context.cache_first, **form)
     return linears.apply("o_proj", out.reshape(b, t, -1)), cache

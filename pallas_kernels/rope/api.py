@@ -6,9 +6,11 @@ from functools import partial
 
 import jax
 from jax import Array
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from pallas_kernels._dispatch import choose
+from pallas_kernels._stack import StackLayer, written
+from pallas_kernels.rope.into_cache import split_into_cache_triton
 from pallas_kernels.rope.triton import join_triton, rotate_triton, split_triton, unsupported_reason
 from pallas_kernels.rope.xla import join_xla, rotate_xla, split_xla
 
@@ -74,6 +76,42 @@ def split_rope(
     _check_angles("split_rope", by_head, cos, sin)
     candidates = {"triton": lambda: unsupported_reason(qkv, cos, sin), "xla": lambda: None}
     return _split(by_head, cos, sin, heads, kv_heads, choose("split_rope", implementation, candidates))
+
+
+def split_rope_into_cache(
+    qkv: Float[Array, "B T width"],
+    cos: Float[Array, "B T half"],
+    sin: Float[Array, "B T half"],
+    keys: StackLayer,
+    values: StackLayer,
+    start: Int[Array, ""] | int,
+    *,
+    heads: int,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "B T N H"], Float[Array, "L B S K H"], Float[Array, "L B S K H"]]:
+    """`split_rope` of new tokens in generation, whose keys and values go into a cache; without gradients.
+
+    Args:
+        qkv: [B, T, (N + 2K) H], queries, keys and values beside each other.
+        cos, sin: as in `rope`. heads: N.
+        keys, values: one layer [B, S, K, H] each of the caches of all layers.
+        start: index in the cache of the first new token.
+        implementation: "triton" (of one new token), "xla", or None to choose.
+
+    Returns:
+        The rotated queries, and the stacks of keys and values with the new tokens.
+
+    Raises: as `rope`.
+    """
+    kv_heads = keys.shape[2]
+    one = "it serves one new token" if qkv.shape[1] != 1 else None
+    candidates = {"triton": lambda: one or unsupported_reason(qkv, cos, sin, keys.stack), "xla": lambda: None}
+    if choose("split_rope_into_cache", implementation, candidates) == "triton":
+        by_head = qkv.reshape(*qkv.shape[:2], heads + 2 * kv_heads, -1)
+        _check_angles("split_rope_into_cache", by_head, cos, sin)
+        return split_into_cache_triton(by_head, cos, sin, heads, keys, values, start)
+    q, k, v = split_rope(qkv, cos, sin, heads=heads, kv_heads=kv_heads)
+    return q, written(keys, k, start), written(values, v, start)
 
 
 def _check_angles(op: str, x: Array, cos: Array, sin: Array) -> None:

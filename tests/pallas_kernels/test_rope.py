@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels import StackLayer
 from pallas_kernels._device import lower_for_cuda
 from pallas_kernels._triton import interpreted
-from pallas_kernels.rope import rope, split_rope
+from pallas_kernels.rope import rope, split_rope, split_rope_into_cache
 
 IMPLEMENTATIONS = ("xla", "triton")
 
@@ -126,3 +127,27 @@ def test_what_does_not_fit_is_refused() -> None:
         rope(normal(1, 2, 1, 8), normal(1, 3, 1, 8), angles, angles)
     with pytest.raises(ValueError, match=r"2 x 1 heads of one width"):
         split_rope(normal(1, 2, 9), angles, angles, heads=2, kv_heads=1)
+
+
+# The whole head and a part of it; a half that is no power of two; more queries than keys, and as many.
+@pytest.mark.parametrize(("heads", "width", "half"), [((8, 2), 64, 32), ((3, 1), 96, 48), ((4, 4), 80, 16)])
+def test_one_token_goes_into_its_cache(heads: tuple[int, int], width: int, half: int) -> None:
+    """To the bit as through XLA; all else in the caches stays."""
+    rng = np.random.default_rng(half)
+    n, kv = heads
+    qkv = jnp.asarray(rng.standard_normal((2, 1, (n + 2 * kv) * width)), jnp.bfloat16)
+    caches = [StackLayer(jnp.asarray(rng.standard_normal((3, 2, 20, kv, width)), jnp.bfloat16), 1) for _ in "kv"]
+    angles = rng.standard_normal((2, 1, half))
+    cos, sin = jnp.asarray(np.cos(angles), jnp.float32), jnp.asarray(np.sin(angles), jnp.float32)
+    with interpreted():
+        ours = split_rope_into_cache(qkv, cos, sin, *caches, jnp.int32(7), heads=n, implementation="triton")
+    theirs = split_rope_into_cache(qkv, cos, sin, *caches, jnp.int32(7), heads=n, implementation="xla")
+    for got, wanted in zip(ours, theirs, strict=True):
+        np.testing.assert_array_equal(got, wanted)
+
+    def step(qkv: jax.Array, keys: jax.Array, values: jax.Array, start: jax.Array) -> tuple[jax.Array, ...]:
+        layers = StackLayer(keys, 2), StackLayer(values, 2)
+        return split_rope_into_cache(qkv, cos, sin, *layers, start, heads=n, implementation="triton")
+
+    text = lower_for_cuda(step, qkv, *(cache.stack for cache in caches), jnp.int32(0))
+    assert "rope_into_cache" in text
