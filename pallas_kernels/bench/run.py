@@ -37,8 +37,8 @@ class Row:
 
     work: forward, forward+backward or backward. gb_s, tflop_s: which one bounds the call. roofline_share: least time
     over time. max_rel_err: the largest of values and gradients. temp_bytes: that XLA allocates beside inputs and
-    results. automatic: whether it is what the op chooses here by itself. clock: "device" or "host", see `timing`.
-    note: why there is no speed.
+    results. automatic: whether it is what the op chooses here by itself, or all that the case has. clock:
+    "device" or "host", see `timing`. note: why there is no speed.
     """
 
     op: str
@@ -217,7 +217,7 @@ def _rows_of_case(one: _Prepared, ceilings: tuple[float, float] | None, real: Ca
             lowered = _lowered(real, f) if compute_capability() is None else RIGHT
         for work in case.timed:
             row = Row(case.op, case.name, case.m, work, name, max_rel_err=error, note=note, wrong=wrong)
-            row.automatic = name == one.automatic
+            row.automatic = name == one.automatic or case.implementations == (name,)
             if note is None and ceilings is not None:
                 _time(row, one, name, work, ceilings)
             elif lowered is not None:
