@@ -5,7 +5,8 @@
 
 Gradients: of a model with an adapter that is not zero, on rows of the training data, in float32, in bf16, and in bf16
 with frozen linears in 8 bits (WAYS; weights the same NF4 in each); the cosine to float32's of each adapter matrix. Also
-with three channels of every norm's result made 30 times what they are, as larger models have them. Beside them, what a
+with three channels of every norm's result 32 times what they are, as larger models have them, and the columns of the
+weights that read them a 32nd, so that the model is the same (weights dense, of NF4's values). Beside them, what a
 batch's own gradient is to the mean of several, for there is no use in more exactness than that. Runs: what
 `python -m jaxtune.train --config configs/quickstart.yaml` does, with more steps; the seed is that of the order of the
 data and of the adapter's start. The held-out loss is never measured in 8 bits. Each way's runs are a process, and
@@ -42,6 +43,7 @@ from jaxtune.metrics import read_metrics
 from jaxtune.step import accumulate
 from jaxtune.structure import step_settings
 from jaxtune.train import run
+from pallas_kernels.nf4 import NF4Tensor, dequantize
 
 # What the ways of computing change in `train`.
 WAYS: dict[str, dict[str, Any]] = {
@@ -51,7 +53,8 @@ WAYS: dict[str, dict[str, Any]] = {
     "fp8_backward, less o and down": {"compute": "fp8_backward", "fp8_exclude": ("o_proj", "down_proj")},
 }
 GRADIENTS = "gradients"
-OUTLIERS, OUTLIER = (7, 100, 333), 30.0
+OUTLIERS, OUTLIER = (7, 100, 333), 32.0
+READS_A_NORM = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 
 
 def configure(options: argparse.Namespace, way: str, seed: int, directory: Path) -> RunConfig:
@@ -95,18 +98,21 @@ def gradients(options: argparse.Namespace) -> dict[str, Any]:
     def step_of(dtype: Any, way: str) -> Any:
         train = dataclasses.replace(config.train, **WAYS[way])
         settings = step_settings(dataclasses.replace(config, train=train), decoder, dtype, "full")
-        step = jax.jit(lambda frozen, batch: accumulate(lora, frozen, batch, settings, None, 1.0))
+        step = jax.jit(lambda model, batch: accumulate(model[1], model[0], batch, settings, None, 1.0))
 
-        def outcome(frozen: Any, batch: Any) -> tuple[float, list[np.ndarray]]:
+        def outcome(model: Any, batch: Any) -> tuple[float, list[np.ndarray]]:
             with jax.default_matmul_precision("highest" if dtype == jnp.float32 else "default"):
-                loss, gradient = jax.device_get(step(frozen, batch))
+                loss, gradient = jax.device_get(step(model, batch))
             return float(loss), [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(gradient)]
 
         return outcome
 
-    models = {"real": frozen, "outliers": _with_outliers(frozen)}
+    models = {"real": (frozen, lora), "outliers": _with_outliers(frozen, lora)}
     exact = step_of(jnp.dtype(jnp.float32), "dtype")
-    truths = {"real": [exact(frozen, batch) for batch in batches], "outliers": [exact(models["outliers"], batches[0])]}
+    truths = {
+        "real": [exact(models["real"], batch) for batch in batches],
+        "outliers": [exact(models["outliers"], batches[0])],
+    }
     mean = _mean(truths["real"])
     rows: dict[str, Any] = {
         "one batch to the mean of all": _compared(truths["real"][0][1], mean) | {"batches": len(batches)}
@@ -145,16 +151,23 @@ def _cosine(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.vdot(a, b) / (np.linalg.norm(a) * np.linalg.norm(b)))
 
 
-def _with_outliers(frozen: Any) -> Any:
-    """A few channels of every norm's result are larger."""
+def _with_outliers(frozen: Any, lora: Any) -> tuple[Any, Any]:
+    """The same function with larger channels behind every norm: what reads them has smaller columns, exactly."""
     factor = np.ones(frozen["norm"]["scale"].shape, np.float32)
     factor[list(OUTLIERS)] = OUTLIER
+    names = [jax.tree_util.keystr((jax.tree_util.DictKey(name),)) for name in READS_A_NORM]
 
     def one(path: Any, leaf: Any) -> Any:
-        is_norm = "layernorm" in jax.tree_util.keystr(path)
-        return (leaf * factor).astype(leaf.dtype) if is_norm else leaf
+        if "layernorm" in (at := jax.tree_util.keystr(path)):
+            return (leaf * factor).astype(leaf.dtype)
+        if not any(name in at for name in names) or "lora_B" in at:
+            return leaf
+        return (dequantize(leaf, jnp.float32) if isinstance(leaf, NF4Tensor) else leaf) / factor
 
-    return jax.tree_util.tree_map_with_path(one, frozen)
+    def scaled(tree: Any) -> Any:
+        return jax.tree_util.tree_map_with_path(one, tree, is_leaf=lambda leaf: isinstance(leaf, NF4Tensor))
+
+    return scaled(frozen), scaled(lora)
 
 
 def runs(options: argparse.Namespace, way: str) -> dict[str, Any]:
