@@ -18,8 +18,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import transformers
 from flax.traverse_util import flatten_dict, unflatten_dict
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from convert import bnb4bit, families, flax_tree
 from convert.checkpoint import Checkpoint, open_checkpoint, read_config
@@ -239,8 +240,11 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerFast:
                 "own tokenizer.json and tokenizer_config.json"
             ) from error
     try:
-        # Without the last argument it asks on the terminal whether to run the code of a model repository.
-        tokenizer = AutoTokenizer.from_pretrained(source.path, local_files_only=True, trust_remote_code=False)
+        # Looked up here: it imports torch where that is installed, which takes seconds. Without the last argument it
+        # asks on the terminal whether to run the code of a model repository.
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            source.path, local_files_only=True, trust_remote_code=False
+        )
     except Exception as error:  # as above
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
