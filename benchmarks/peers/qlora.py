@@ -1,91 +1,57 @@
-"""One QLoRA case of `bench_train.py` through PyTorch, printed as one row: Unsloth, or transformers with PEFT and
+"""QLoRA cases of `bench_train.py` through PyTorch, a row printed for each: Unsloth, or transformers with PEFT and
 bitsandbytes.
 
-    python benchmarks/peers/qlora.py --system hf --model /tmp/llama3-8b-random --checkpointing none
+    python benchmarks/peers/qlora.py --system hf --model /tmp/llama3-8b-random --cases fast=none:4x2048 full=full:4x2048
+    python benchmarks/peers/qlora.py --system unsloth --model ... --cases balanced=offload:4x2048 packed=packed:2x2048
+    python benchmarks/peers/qlora.py --system unsloth --model ... --rank 32 --limit 24 --cases context_24=longest:1x8192
 
-Needs torch, transformers, peft, bitsandbytes and, for its system, unsloth; jaxtune and JAX are not imported. The work
-is that of `configs/llama3-8b-random.yaml`: the same weights, texts, rank, targets and optimizer, with the adapters of
-`--adapter` (a PEFT directory) where it is given. The loop is bare: forward, backward and update, synchronised, with
-autocast to bfloat16 as their trainers have it. Adapters are in bfloat16 for `hf`, as TRL holds them, and in float32 for
-`unsloth`, as it does. The peak is that of torch's allocator since the process began.
+Needs torch, transformers, peft, bitsandbytes and, for its system, unsloth (for `packed` trl and datasets too); jaxtune
+and JAX are not imported. The work is that of `configs/llama3-8b-random.yaml`: the same weights, texts, rank, targets
+and optimizer, with the adapters of `--adapter` (a PEFT directory) where it is given. The model is loaded once; each
+case begins with the same adapters, a new optimizer and the peak of torch's allocator reset. The loop is bare: forward,
+backward and update, synchronised, with autocast to bfloat16 as their trainers have it. Adapters are in bfloat16 for
+`hf`, as TRL holds them, and in float32 for `unsloth`, as it does.
+
+A case is NAME=KEEPS:BATCHxLENGTH[:STEPS]. KEEPS: none, full, or offload, which is Unsloth's own checkpointing; packed
+(Unsloth): TRL's trainer with packing on the model's documents.jsonl, four micro-batches an update, that checkpointing;
+longest (Unsloth): the longest row within `--limit`, found by trying, from what two short rows take.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import gc
 import json
-import os
+import re
 import statistics
+import tempfile
 import time
+import traceback
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-# Both read these when they are imported.
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
-os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+from load_models import load_hf, load_unsloth, take_adapter
 
-LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 PACKAGES = {
     "hf": ("torch", "transformers", "peft", "bitsandbytes"),
     "unsloth": ("unsloth", "torch", "transformers", "peft", "bitsandbytes", "triton"),
 }
 
 
-def load_unsloth(options: argparse.Namespace) -> Any:
-    """Model with adapters; checkpointing: none, full, or offload, which Unsloth calls by its own name."""
-    from unsloth import FastLanguageModel
+def keep(model: Any, system: str, mode: str) -> None:
+    """Switch a loaded model to what a case keeps of its activations."""
+    if system == "unsloth":
+        from unsloth import FastLanguageModel
 
-    mode = {"none": False, "full": True, "offload": "unsloth"}[options.checkpointing]
-    model, _ = FastLanguageModel.from_pretrained(
-        options.model, max_seq_length=options.length, load_in_4bit=True, use_gradient_checkpointing=mode
-    )
-    model = FastLanguageModel.get_peft_model(
-        model,
-        r=options.rank,
-        lora_alpha=2 * options.rank,
-        lora_dropout=0,
-        bias="none",
-        target_modules=LINEARS,
-        use_gradient_checkpointing=mode,
-        max_seq_length=options.length,
-    )
-    FastLanguageModel.for_training(model)
-    return model
-
-
-def load_hf(options: argparse.Namespace) -> Any:
-    """Model with adapters in bfloat16; checkpointing: none or full."""
-    import torch
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-    )
-    model = AutoModelForCausalLM.from_pretrained(
-        options.model,
-        dtype=torch.bfloat16,
-        attn_implementation="sdpa",
-        device_map={"": "cuda:0" if torch.cuda.is_available() else "cpu"},
-        quantization_config=quantization,
-    )
-    model.config.use_cache = False
-    config = LoraConfig(
-        r=options.rank, lora_alpha=2 * options.rank, bias="none", target_modules=LINEARS, task_type="CAUSAL_LM"
-    )
-    model = get_peft_model(model, config)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.to(torch.bfloat16)
-    if options.checkpointing != "none":
+        FastLanguageModel.for_training(model, use_gradient_checkpointing=mode != "none")
+    elif mode == "none":
+        model.gradient_checkpointing_disable()
+    else:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        model.enable_input_require_grads()
-    return model
+    model.train()
 
 
 def take_adapter(model: Any, directory: Path) -> None:
@@ -104,86 +70,265 @@ def take_adapter(model: Any, directory: Path) -> None:
             parameter.copy_(values[name].to(parameter))
 
 
-def batches(options: argparse.Namespace, device: str) -> list[Any]:
-    """Full rows of the run's texts in the order of the file: [B, T] token ids, one token a byte after the mark."""
+def batches(options: argparse.Namespace, case: Case, device: str) -> list[Any]:
+    """Full rows [B, T] of token ids: the model's texts in the order of the file, one token a byte after the mark; or
+    random ones, four batches, for `--random-tokens` and for rows longer than the texts."""
     import torch
-    from transformers import AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
+    if options.random_tokens or case.keeps == "longest":
+        generator = torch.Generator().manual_seed(3407)
+        last = AutoConfig.from_pretrained(options.model).vocab_size - 300
+        shape = case.batch, case.length
+        return [torch.randint(1000, last, shape, generator=generator).to(device) for _ in range(4)]
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     texts = [json.loads(line)["text"] for line in (Path(options.model) / "train.jsonl").read_text().splitlines()]
-    rows = tokenizer(texts, truncation=True, max_length=options.length)["input_ids"]
-    rows = [row for row in rows if len(row) == options.length]
-    count = len(rows) // options.batch
+    texts = texts[: case.batch * case.steps]
+    rows = tokenizer(texts, truncation=True, max_length=case.length)["input_ids"]
+    rows = [row for row in rows if len(row) == case.length]
+    count = len(rows) // case.batch
     if not count:
-        raise SystemExit(f"{options.model}/train.jsonl has no {options.batch} texts of {options.length} tokens")
-    groups = (rows[i * options.batch : (i + 1) * options.batch] for i in range(count))
+        raise SystemExit(f"{options.model}/train.jsonl has no {case.batch} texts of {case.length} tokens")
+    groups = (rows[i * case.batch : (i + 1) * case.batch] for i in range(count))
     return [torch.tensor(group, device=device) for group in groups]
+
+
+class Trained:
+    """A loaded model, whose adapters each case begins anew."""
+
+    def __init__(self, model: Any, options: argparse.Namespace) -> None:
+        import torch
+
+        self.model, self.options, self.torch = model, options, torch
+        self.on_gpu = torch.cuda.is_available()
+        self.device = "cuda" if self.on_gpu else "cpu"
+        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.first = [parameter.detach().to("cpu", copy=True) for parameter in self.parameters]
+
+    def begin(self, keeps: str) -> Any:
+        """The first adapters again, and a new optimizer."""
+        import bitsandbytes
+
+        with self.torch.no_grad():
+            for parameter, value in zip(self.parameters, self.first):
+                parameter.copy_(value)
+                parameter.grad = None
+        gc.collect()
+        if self.on_gpu:
+            self.torch.cuda.empty_cache()
+            self.torch.cuda.reset_peak_memory_stats()
+        keep(self.model, self.options.system, keeps)
+        return bitsandbytes.optim.AdamW8bit(self.parameters, lr=2e-4, weight_decay=0.01)
+
+    def wait(self) -> float:
+        """The time, when the device is done."""
+        if self.on_gpu:
+            self.torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def peak(self) -> float | None:
+        """GiB since `begin`."""
+        return round(self.torch.cuda.max_memory_allocated() / 2**30, 3) if self.on_gpu else None
+
+    def update(self, optimizer: Any, tokens: Any) -> tuple[float, float]:
+        """Loss and seconds of one update."""
+        begun = self.wait()
+        with self.torch.autocast(self.device, dtype=self.torch.bfloat16):
+            loss = self.model(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return float(loss.detach()), self.wait() - begun
+
+
+def steps(trained: Trained, case: Case) -> dict[str, Any]:
+    """A whole case: its figures."""
+    data, optimizer = batches(trained.options, case, trained.device), trained.begin(case.keeps)
+    losses, seconds = zip(*(trained.update(optimizer, data[step % len(data)]) for step in range(case.steps)))
+    if trained.options.dump is not None:
+        dump(trained, data, losses)
+    tokens = case.batch * case.length
+    return figures([1e3 * second for second in seconds[3:]], tokens) | {
+        "peak_gib": trained.peak(),
+        "seconds": {"first_step": round(seconds[0], 2)},
+        "losses": [round(losses[i], 4) for i in (0, 1, 2, 3, 4, 10) if i < len(losses)],
+    }
+
+
+def figures(milliseconds: list[float], tokens: float) -> dict[str, Any]:
+    """Median, spread and rate of steps of so many tokens."""
+    median, quartiles = statistics.median(milliseconds), statistics.quantiles(milliseconds, n=4)
+    return {
+        "tokens_per_s": round(tokens / median * 1e3),
+        "ms_per_step": round(median, 1),
+        "spread_ms": round(quartiles[2] - quartiles[0], 1),
+    }
+
+
+def dump(trained: Trained, data: list[Any], losses: Sequence[float]) -> None:
+    """Into `--dump`: the adapters that the case began with, as PEFT saves them, its batches and its losses."""
+    import numpy
+
+    directory = trained.options.dump
+    trained.begin("none")
+    trained.model.save_pretrained(directory)
+    numpy.save(directory / "batches.npy", numpy.stack([batch.cpu().numpy() for batch in data]))
+    (directory / "losses.json").write_text(json.dumps(losses) + "\n")
+
+
+def longest(trained: Trained, case: Case) -> dict[str, Any]:
+    """The longest row, in steps of 1,024 tokens, that one update of fits the limit; each try in `tried`."""
+    torch, tried = trained.torch, {}
+    limit = int(trained.options.limit * 2**30)
+    torch.cuda.set_per_process_memory_fraction(limit / torch.cuda.get_device_properties(0).total_memory)
+
+    def attempt(length: int) -> tuple[float, float] | None:
+        """Peak in GiB and seconds; None where memory does not suffice."""
+        for module in trained.model.modules():
+            # Unsloth cuts rows to the length that it was loaded for.
+            if hasattr(module, "max_seq_length"):
+                module.max_seq_length = length
+        optimizer = trained.begin("offload")
+        (tokens, *_) = batches(trained.options, dataclasses.replace(case, batch=1, length=length), trained.device)
+        try:
+            _, seconds = trained.update(optimizer, tokens)
+        except torch.OutOfMemoryError:
+            tried[length] = "out of memory"
+            return None
+        tried[length] = f"{trained.peak()} GiB, {seconds:.1f} s"
+        return trained.peak() or 0.0, seconds
+
+    short, double = attempt(case.length), attempt(2 * case.length)
+    if short is None or double is None:
+        return {"failed": str(tried)}
+    slope = (double[0] - short[0]) / case.length
+    length = int(case.length + (limit / 2**30 - short[0]) / slope) // 1024 * 1024
+    while (found := attempt(length)) is None and length > 2 * case.length:
+        length = int(0.97 * length) // 1024 * 1024
+    if found is None:
+        return {"failed": str(tried)}
+    rate = {"tokens_per_s": round(length / found[1]), "ms_per_step": round(1e3 * found[1], 1), "spread_ms": 0.0}
+    return {"seq": length, **rate, "peak_gib": found[0], "limit_gib": trained.options.limit, "tried": tried}
+
+
+def packed(trained: Trained, case: Case) -> dict[str, Any]:
+    """TRL's trainer with packing on documents of usual lengths; tokens a second of the documents alone."""
+    from datasets import Dataset
+    from transformers import AutoTokenizer, TrainerCallback
+    from trl import SFTConfig, SFTTrainer
+
+    options, seconds = trained.options, []
+    texts = [json.loads(line)["text"] for line in (Path(options.model) / "documents.jsonl").read_text().splitlines()]
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            self.begun = trained.wait()
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            seconds.append(trained.wait() - self.begun)
+
+    trained.begin("offload")
+    with tempfile.TemporaryDirectory() as scratch:
+        settings = SFTConfig(
+            output_dir=scratch,
+            max_length=case.length,
+            packing=True,
+            dataset_text_field="text",
+            per_device_train_batch_size=case.batch,
+            gradient_accumulation_steps=4,
+            max_steps=case.steps,
+            learning_rate=2e-4,
+            lr_scheduler_type="constant",
+            weight_decay=0.01,
+            optim="adamw_8bit",
+            report_to="none",
+            bf16=trained.on_gpu,
+            use_cpu=not trained.on_gpu,
+            save_strategy="no",
+            dataset_num_proc=1,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(options.model)
+        # A trainer wants one for padding, which packed rows have none of.
+        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+        trainer = SFTTrainer(
+            model=trained.model,
+            processing_class=tokenizer,
+            train_dataset=Dataset.from_dict({"text": texts}),
+            args=settings,
+            callbacks=[Clock()],
+        )
+        rows = trainer.train_dataset["input_ids"]
+        trainer.train()
+    of_row = sum(map(len, rows)) / len(rows)
+    first = {"first_step": round(seconds[0], 2)}
+    return figures([1e3 * second for second in seconds[3:]], 4 * case.batch * of_row) | {
+        "peak_gib": trained.peak(),
+        "seconds": first,
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One case of the command line."""
+
+    name: str
+    keeps: str
+    batch: int
+    length: int
+    steps: int
+
+    @classmethod
+    def of(cls, text: str) -> Case:
+        """Read NAME=KEEPS:BATCHxLENGTH[:STEPS]."""
+        found = re.fullmatch(r"(\w+)=(none|full|offload|packed|longest):(\d+)x(\d+)(?::(\d+))?", text)
+        if found is None:
+            raise argparse.ArgumentTypeError(f"{text!r} is not NAME=KEEPS:BATCHxLENGTH[:STEPS]")
+        name, keeps, batch, length, count = found.groups()
+        return cls(name, keeps, int(batch), int(length), int(count or (8 if keeps == "packed" else 14)))
+
+    @property
+    def offloads(self) -> bool:
+        """Whether it keeps layers' inputs on the host."""
+        return self.keeps not in ("none", "full")
 
 
 def main() -> None:
     """The command line."""
     started = time.perf_counter()
-    parser = argparse.ArgumentParser(description="One QLoRA case through PyTorch.")
+    parser = argparse.ArgumentParser(description="QLoRA cases through PyTorch.")
     parser.add_argument("--system", choices=sorted(PACKAGES), required=True)
     parser.add_argument("--model", required=True, help="directory of make_random_model.py")
-    parser.add_argument("--checkpointing", choices=["none", "full", "offload"], required=True)
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--length", type=int, default=2048)
+    parser.add_argument("--cases", nargs="+", type=Case.of, required=True, help="NAME=KEEPS:BATCHxLENGTH[:STEPS]")
     parser.add_argument("--rank", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=14)
-    parser.add_argument("--warm-up", type=int, default=3)
+    parser.add_argument("--limit", type=float, default=24.0, help="GiB that torch's allocator may take, of `longest`")
     parser.add_argument("--adapter", type=Path, help="PEFT directory whose matrices training starts from")
-    parser.add_argument("--case", default="", help="name in the row")
+    parser.add_argument("--random-tokens", action="store_true", help="batches of random token ids")
+    parser.add_argument("--dump", type=Path, help="directory for a case's first adapters, batches and losses")
+    parser.add_argument("--save-4bit", type=Path, help="directory for the model as bitsandbytes holds it; of hf")
     options = parser.parse_args()
-    if options.system == "hf" and options.checkpointing == "offload":
-        parser.error("transformers keeps layer inputs on the device: --checkpointing none or full")
+    modes = {case.keeps for case in options.cases}
+    if options.system == "hf" and not modes <= {"none", "full"}:
+        parser.error("transformers keeps layer inputs on the device: cases of none or full")
+    if options.system == "unsloth" and "full" in modes and len(modes - {"none"}) > 1:
+        parser.error("Unsloth's own checkpointing replaces torch's: no case of full beside one of offload")
 
     model = (load_unsloth if options.system == "unsloth" else load_hf)(options)
-    import bitsandbytes
-    import torch
-
     if options.adapter is not None:
         take_adapter(model, options.adapter)
-    model.train()
-    on_gpu = torch.cuda.is_available()
-    device = "cuda" if on_gpu else "cpu"
-    wait = torch.cuda.synchronize if on_gpu else (lambda: None)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = bitsandbytes.optim.AdamW8bit(trained, lr=2e-4, weight_decay=0.01)
-    data = batches(options, device)
-    wait()
-    ready, seconds, losses = time.perf_counter(), [], []
-    for step in range(options.steps):
-        wait()
-        begun = time.perf_counter()
-        tokens = data[step % len(data)]
-        with torch.autocast(device, dtype=torch.bfloat16):
-            loss = model(input_ids=tokens, labels=tokens).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        wait()
-        seconds.append(time.perf_counter() - begun)
-        losses.append(round(float(loss.detach()), 4))
-    timed = [1e3 * second for second in seconds[options.warm_up :]]
-    quartiles = statistics.quantiles(timed, n=4)
-    median = statistics.median(timed)
-    row = {
-        "case": options.case,
-        "system": options.system,
-        "policy": options.checkpointing,
-        "compute": "bf16",
-        "batch": options.batch,
-        "seq": options.length,
-        "tokens_per_s": round(options.batch * options.length / median * 1e3),
-        "ms_per_step": round(median, 1),
-        "spread_ms": round(quartiles[2] - quartiles[0], 1),
-        "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if on_gpu else None,
-        "seconds": {"ready": round(ready - started, 1), "first_step": round(seconds[0], 2)},
-        "losses": [losses[i] for i in (0, 1, 2, 3, 4, 10) if i < len(losses)],
-        "versions": {name: version(name) for name in PACKAGES[options.system]},
-    }
-    print(json.dumps(row))
+    trained = Trained(model, options)
+    ready = round(trained.wait() - started, 1)
+    versions = {name: version(name) for name in PACKAGES[options.system]}
+    for case in options.cases:
+        row = {"case": case.name, "system": options.system, "policy": case.keeps, "compute": "bf16"}
+        row |= {"batch": case.batch, "seq": case.length}
+        try:
+            row |= {"packed": packed, "longest": longest}.get(case.keeps, steps)(trained, case)
+        except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, ImportError, OSError) as error:
+            # One case's end is not the others'.
+            traceback.print_exc()
+            row["failed"] = f"{type(error).__name__}: {error}"[-400:]
+        row["seconds"] = {"ready": ready, **row.get("seconds", {})}
+        print(json.dumps(row | {"versions": versions}), flush=True)
 
 
 if __name__ == "__main__":
