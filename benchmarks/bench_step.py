@@ -82,6 +82,8 @@ class Case:
     steps: int = 12
 
 
+# Of a case, what its row says beside batch and length.
+_IN_ROWS = ("model", "rank", "limit", "accumulation", "capability")
 _LEAN: dict[str, Any] = {"optim": "paged_adamw_8bit", "embedding_on_host": True}
 CASES = {
     "fast": Case("none"),
@@ -109,7 +111,7 @@ CASES = {
     "context_24_longest": Case("lean", 1, 196608, rank=32, limit="24GiB", steps=1, **_LEAN),
     "llama70b_48": Case("lean", 1, model="llama-3-70b", rank=16, limit="48GiB", steps=5, **_LEAN),
     "llama13b_24": Case("auto", 1, 1024, model="llama-2-13b", limit="24GiB"),
-    "llama13b_12": Case("auto", 1, 1024, model="llama-2-13b", limit="12GiB"),
+    "llama13b_12": Case("full", 1, 1024, model="llama-2-13b", limit="12GiB"),
     "tiny": Case("auto", 2, 64, model="tiny", rank=8, steps=5),
     "tiny_fp8": Case("auto", 2, 64, model="tiny", rank=8, compute="fp8", steps=5),
 }
@@ -205,9 +207,11 @@ def measure(name: str, profile: Path | None) -> Iterator[dict[str, Any]]:
     yield {
         "case": name,
         "system": "jaxtune",
-        **dataclasses.asdict(case),
-        "compute": plan.dtype if case.compute == "dtype" else case.compute,
         "policy": policy,
+        "compute": plan.dtype if case.compute == "dtype" else case.compute,
+        "batch": case.batch,
+        "seq": case.length,
+        **{name: value for name, value in dataclasses.asdict(case).items() if name in _IN_ROWS and value},
         "tokens_per_s": round(plan.tokens_per_step / median * 1e3),
         "ms_per_step": round(median, 1),
         "spread_ms": round(spread[2] - spread[0], 1),

@@ -3,7 +3,7 @@
     python benchmarks/make_random_model.py DIR [--size llama3-8b | tiny]
 
 Weights are normal with standard deviation 0.02, norms are one, bf16 in shards of 4 GB. The tokenizer has one token for
-each byte, so a text of n ASCII characters is n tokens (and the two that mark its ends). `train.jsonl` has 256 texts,
+each byte, so a text of n ASCII characters is n tokens (and the two that mark its ends). `train.jsonl` has 128 texts,
 each longer than 8,192 tokens; `documents.jsonl` has 1,500 of usual lengths, log-normal around 490 tokens, for packing.
 """
 
@@ -86,7 +86,7 @@ def write_tokenizer(directory: Path) -> None:
     fast.save_pretrained(directory)
 
 
-def write_texts(path: Path, seed: int, count: int = 256, length: int = 8300) -> None:
+def write_texts(path: Path, seed: int, count: int = 128, length: int = 8300) -> None:
     """Random printable ASCII, one JSON record a line."""
     letters = np.random.default_rng(seed).integers(33, 127, (count, length), dtype=np.uint8)
     path.write_text("".join(json.dumps({"text": row.tobytes().decode()}) + "\n" for row in letters), encoding="utf-8")

@@ -21,6 +21,7 @@ import jax
 import numpy as np
 
 from jaxtune.base import BaseModel, find_base
+from jaxtune.compile_cache import use_compile_cache
 from jaxtune.config import LoraConfig, ModelConfig, OutputConfig
 from jaxtune.decoding import Generator
 from jaxtune.device_memory import check_limit, limit_memory
@@ -128,7 +129,7 @@ def load_from_arguments(options: argparse.Namespace) -> TextGenerator:
     )
     cache = OutputConfig("-").compile_cache
     assert cache is not None
-    jax.config.update("jax_compilation_cache_dir", str(Path(cache).expanduser()))
+    use_compile_cache(cache)
     started = time.perf_counter()
     text = load_text_generator(config, options.adapter)
     print(f"loaded {name} in {time.perf_counter() - started:.1f} s", file=sys.stderr)

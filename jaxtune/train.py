@@ -24,6 +24,7 @@ import numpy as np
 
 from jaxtune.base import BaseModel, find_base
 from jaxtune.checkpoint import check_compatible, run_meta
+from jaxtune.compile_cache import use_compile_cache
 from jaxtune.config import RunConfig
 from jaxtune.config_io import check_files, fingerprint, to_dict
 from jaxtune.data.dataset import Dataset, build, eval_sets
@@ -77,7 +78,7 @@ def run(config: RunConfig, *, resume: Resume = False, launch: Launch | None = No
     other processes of the run (`launch`)."""
     limit_memory(config.train.memory_limit)
     if config.output.compile_cache is not None:
-        jax.config.update("jax_compilation_cache_dir", str(Path(config.output.compile_cache).expanduser()))
+        use_compile_cache(config.output.compile_cache)
     first = launch is None or launch.process == 0
     with Progress(config.train.logging_steps, quiet=not first) as progress, joined(launch, progress.note):
         return train(config, resume=resume, progress=progress)

@@ -1,10 +1,9 @@
-"""The models of `qlora.py`, with their adapters: through Unsloth, or through transformers with PEFT and bitsandbytes."""
+"""The models of `qlora.py`, with their adapters: through Unsloth, or transformers with PEFT and bitsandbytes."""
 
 from __future__ import annotations
 
 import argparse
 import os
-from pathlib import Path
 from typing import Any
 
 # Both read these when they are imported.

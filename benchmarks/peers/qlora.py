@@ -33,7 +33,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from load_models import load_hf, load_unsloth, take_adapter
+from load_models import load_hf, load_unsloth
 
 PACKAGES = {
     "hf": ("torch", "transformers", "peft", "bitsandbytes"),

@@ -16,7 +16,7 @@ import pytest
 import yaml
 from runs import COLOURS, RUN, Command, Main, WriteRun, question, save_model, save_records
 
-from jaxtune import base, train
+from jaxtune import base, compile_cache, train
 
 ROOT = Path(__file__).parents[2]
 
@@ -93,7 +93,7 @@ def run_main(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", shared / "datasets")
     monkeypatch.setattr(logging.root, "handlers", [])
     monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
-    before = jax.config.values["jax_compilation_cache_dir"]
+    before = {name: jax.config.values[name] for name in compile_cache.CONFIGURED}
 
     def run(*arguments: str | Path) -> tuple[int, str]:
         capsys.readouterr()
@@ -101,7 +101,8 @@ def run_main(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
         return status, capsys.readouterr().err
 
     yield run
-    jax.config.update("jax_compilation_cache_dir", before)
+    for name, value in before.items():
+        jax.config.update(name, value)
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import jax
 import pytest
 from runs import CONFIG, Main, WriteRun
 
-from jaxtune import FastLanguageModel, chat, generate
+from jaxtune import FastLanguageModel, chat, compile_cache, generate
 from jaxtune.config import ModelConfig
 from jaxtune.lora import init_lora
 from jaxtune.metrics import read_metrics
@@ -33,7 +33,7 @@ def caches(monkeypatch: pytest.MonkeyPatch, shared: Path) -> Iterator[None]:
         jax.config.update(name, value)
 
 
-CONFIGURED = ("jax_compilation_cache_dir", "jax_pjrt_client_create_options")
+CONFIGURED = (*compile_cache.CONFIGURED, "jax_pjrt_client_create_options")
 
 
 @pytest.fixture(scope="module")
