@@ -314,7 +314,8 @@ def main() -> None:
     if options.profile is not None and len(options.cases) > 1:
         parser.error("--profile takes one case")
     if options.alone:
-        sys.stdin.readline()
+        if not sys.stdin.readline():
+            return
         jax.config.update("jax_compilation_cache_dir", options.compile_cache)
         for row in measure(options.cases[0], options.profile):
             print(json.dumps(row), flush=True)
