@@ -7,10 +7,10 @@ bitsandbytes.
 
 Needs torch, transformers, peft, bitsandbytes and, for its system, unsloth (for `packed` trl and datasets too); jaxtune
 and JAX are not imported. The work is that of `configs/llama3-8b-random.yaml`: the same weights, texts, rank, targets
-and optimizer, with the adapters of `--adapter` (a PEFT directory) where it is given. The model is loaded once; each
-case begins with the same adapters, a new optimizer and the peak of torch's allocator reset. The loop is bare: forward,
-backward and update, synchronised, with autocast to bfloat16 as their trainers have it. Adapters are in bfloat16 for
-`hf`, as TRL holds them, and in float32 for `unsloth`, as it does.
+and optimizer, with the adapters of `--adapter` (a PEFT directory) where it is given, and else with such that are the
+same for both systems. The model is loaded once; each case begins with its first adapters, a new optimizer and the peak
+of torch's allocator reset. The loop is bare: forward, backward and update, synchronised, with autocast to bfloat16 as
+their trainers have it. Adapters are in bfloat16 for `hf`, as TRL holds them, and in float32 for `unsloth`, as it does.
 
 A case is NAME=KEEPS:BATCHxLENGTH[:STEPS]. KEEPS: none, full, or offload, which is Unsloth's own checkpointing; packed
 (Unsloth): TRL's trainer with packing on the model's documents.jsonl, four micro-batches an update, that checkpointing;
@@ -33,7 +33,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from load_models import load_hf, load_unsloth
+from load_models import LINEARS, load_hf, load_unsloth
 
 PACKAGES = {
     "hf": ("torch", "transformers", "peft", "bitsandbytes"),
@@ -52,6 +52,24 @@ def keep(model: Any, system: str, mode: str) -> None:
     else:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
+
+
+def draw_adapters(model: Any) -> None:
+    """PEFT's law for new adapters, with the same values in every system: A uniform within 1 / sqrt(columns), B zero."""
+    import torch
+
+    for name, parameter in model.named_parameters():
+        found = re.search(r"layers\.(\d+)\.(?:self_attn|mlp)\.(\w+)\.lora_([AB])", name)
+        if found is None:
+            continue
+        values = torch.zeros_like(parameter)
+        if found[3] == "A":
+            seed = 10_000 + 16 * int(found[1]) + LINEARS.index(found[2])
+            generator = torch.Generator(device=parameter.device).manual_seed(seed)
+            drawn = torch.rand(parameter.shape, generator=generator, device=parameter.device)
+            values = (2 * drawn - 1) * parameter.shape[1] ** -0.5
+        with torch.no_grad():
+            parameter.copy_(values.to(parameter.dtype))
 
 
 def take_adapter(model: Any, directory: Path) -> None:
@@ -313,7 +331,9 @@ def main() -> None:
         parser.error("Unsloth's own checkpointing replaces torch's: no case of full beside one of offload")
 
     model = (load_unsloth if options.system == "unsloth" else load_hf)(options)
-    if options.adapter is not None:
+    if options.adapter is None:
+        draw_adapters(model)
+    else:
         take_adapter(model, options.adapter)
     trained = Trained(model, options)
     ready = round(trained.wait() - started, 1)
