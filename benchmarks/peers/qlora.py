@@ -199,6 +199,8 @@ def longest(trained: Trained, case: Case) -> dict[str, Any]:
     torch, tried = trained.torch, {}
     limit = int(trained.options.limit * 2**30)
     torch.cuda.set_per_process_memory_fraction(limit / torch.cuda.get_device_properties(0).total_memory)
+    # Unsloth sizes its pieces by what the card has free: that is of a card of this size.
+    torch.cuda.mem_get_info = lambda *_: (limit - torch.cuda.memory_reserved(), limit)
 
     def attempt(length: int) -> tuple[float, float] | None:
         """Peak in GiB and seconds; None where memory does not suffice."""
