@@ -21,7 +21,11 @@ def load_unsloth(options: argparse.Namespace) -> Any:
     mode: Any = "unsloth" if any(case.offloads for case in options.cases) else True
     length = max(case.length for case in options.cases)
     model, _ = FastLanguageModel.from_pretrained(
-        options.model, max_seq_length=length, load_in_4bit=True, use_gradient_checkpointing=mode
+        options.model,
+        max_seq_length=length,
+        load_in_4bit=not options.fp8,
+        load_in_fp8=options.fp8,
+        use_gradient_checkpointing=mode,
     )
     model = FastLanguageModel.get_peft_model(
         model,

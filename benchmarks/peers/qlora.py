@@ -4,6 +4,7 @@ bitsandbytes.
     python benchmarks/peers/qlora.py --system hf --model /tmp/llama3-8b-random --cases fast=none:4x2048 full=full:4x2048
     python benchmarks/peers/qlora.py --system unsloth --model ... --cases balanced=offload:4x2048 packed=packed:2x2048
     python benchmarks/peers/qlora.py --system unsloth --model ... --rank 32 --limit 24 --cases context_24=longest:1x8192
+    python benchmarks/peers/qlora.py --system unsloth --model ... --fp8 --cases fast_fp8=none:4x2048
 
 Needs torch, transformers, peft, bitsandbytes and, for its system, unsloth (for `packed` trl and datasets too); jaxtune
 and JAX are not imported. The work is that of `configs/llama3-8b-random.yaml`: the same weights, texts, rank, targets
@@ -14,7 +15,8 @@ their trainers have it. Adapters are in bfloat16 for `hf`, as TRL holds them, an
 
 A case is NAME=KEEPS:BATCHxLENGTH[:STEPS]. KEEPS: none, full, or offload, which is Unsloth's own checkpointing; packed
 (Unsloth): TRL's trainer with packing on the model's documents.jsonl, four micro-batches an update, that checkpointing;
-longest (Unsloth): the longest row within `--limit`, found by trying, from what two short rows take.
+longest (Unsloth): the longest row within `--limit`, found by trying, from what two short rows take. `--fp8`: Unsloth's
+load_in_fp8, weights in 8 bits instead of 4 (through torchao, which writes them to files first), forward products too.
 """
 
 from __future__ import annotations
@@ -39,6 +41,9 @@ PACKAGES = {
     "hf": ("torch", "transformers", "peft", "bitsandbytes"),
     "unsloth": ("unsloth", "torch", "transformers", "peft", "bitsandbytes", "triton"),
 }
+
+# What a peer's code ends with where it cannot do a case.
+FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, KeyError, ImportError, OSError)
 
 
 def keep(model: Any, system: str, mode: str) -> None:
@@ -325,27 +330,39 @@ def main() -> None:
     parser.add_argument("--random-tokens", action="store_true", help="batches of random token ids")
     parser.add_argument("--dump", type=Path, help="directory for a case's first adapters, batches and losses")
     parser.add_argument("--save-4bit", type=Path, help="directory for the model as bitsandbytes holds it; of hf")
+    parser.add_argument("--fp8", action="store_true", help="weights and forward products in 8 bits; of unsloth")
     options = parser.parse_args()
+    if options.fp8 and options.system != "unsloth":
+        parser.error("--fp8 is Unsloth's")
     modes = {case.keeps for case in options.cases}
     if options.system == "hf" and not modes <= {"none", "full"}:
         parser.error("transformers keeps layer inputs on the device: cases of none or full")
     if options.system == "unsloth" and "full" in modes and len(modes - {"none"}) > 1:
         parser.error("Unsloth's own checkpointing replaces torch's: no case of full beside one of offload")
 
-    model = (load_unsloth if options.system == "unsloth" else load_hf)(options)
+    def row_of(case: Case) -> dict[str, Any]:
+        row: dict[str, Any] = {"case": case.name, "system": options.system, "policy": case.keeps}
+        return row | {"compute": "fp8" if options.fp8 else "bf16", "batch": case.batch, "seq": case.length}
+
+    try:
+        model = (load_unsloth if options.system == "unsloth" else load_hf)(options)
+    except FAILURES as error:
+        traceback.print_exc()
+        for case in options.cases:
+            print(json.dumps(row_of(case) | {"failed": f"loading: {type(error).__name__}: {error}"[-400:]}), flush=True)
+        raise SystemExit(1) from error
     if options.adapter is None:
         draw_adapters(model)
     else:
         take_adapter(model, options.adapter)
     trained = Trained(model, options)
     ready = round(trained.wait() - started, 1)
-    versions = {name: version(name) for name in PACKAGES[options.system]}
+    versions = {name: version(name) for name in (*PACKAGES[options.system], *(["torchao"] if options.fp8 else []))}
     for case in options.cases:
-        row = {"case": case.name, "system": options.system, "policy": case.keeps, "compute": "bf16"}
-        row |= {"batch": case.batch, "seq": case.length}
+        row = row_of(case)
         try:
             row |= {"packed": packed, "longest": longest}.get(case.keeps, steps)(trained, case)
-        except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, ImportError, OSError) as error:
+        except FAILURES as error:
             # One case's end is not the others'.
             traceback.print_exc()
             row["failed"] = f"{type(error).__name__}: {error}"[-400:]
