@@ -107,7 +107,7 @@ CASES = {
     "large": Case("offload", 16),
     "packed": Case("lean", 2, packed=True, accumulation=4, steps=6, **_LEAN),
     "small": Case("none", 1, 256, steps=60),
-    "context_24": Case("lean", 1, 131072, rank=32, limit="24GiB", steps=1, **_LEAN),
+    "context_24": Case("lean", 1, 110080, rank=32, limit="24GiB", steps=1, **_LEAN),
     "context_24_longest": Case("lean", 1, 196608, rank=32, limit="24GiB", steps=1, **_LEAN),
     "llama70b_48": Case("lean", 1, model="llama-3-70b", rank=16, limit="48GiB", steps=5, **_LEAN),
     "llama13b_24": Case("auto", 1, 1024, model="llama-2-13b", limit="24GiB"),

@@ -168,7 +168,7 @@ def steps(trained: Trained, case: Case) -> dict[str, Any]:
     """A whole case: its figures."""
     data, optimizer = batches(trained.options, case, trained.device), trained.begin(case.keeps)
     losses, seconds = zip(*(trained.update(optimizer, data[step % len(data)]) for step in range(case.steps)))
-    if trained.options.dump is not None:
+    if trained.options.dump is not None and case is trained.options.cases[-1]:
         dump(trained, data, losses)
     tokens = case.batch * case.length
     return figures([1e3 * second for second in seconds[3:]], tokens) | {
@@ -189,7 +189,7 @@ def figures(milliseconds: list[float], tokens: float) -> dict[str, Any]:
 
 
 def dump(trained: Trained, data: list[Any], losses: Sequence[float]) -> None:
-    """Into `--dump`: the adapters that the case began with, as PEFT saves them, its batches and its losses."""
+    """Into `--dump`: the adapters that a case began with, as PEFT saves them, its batches and its losses."""
     import numpy
 
     directory = trained.options.dump
@@ -328,7 +328,7 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=24.0, help="GiB that torch's allocator may take, of `longest`")
     parser.add_argument("--adapter", type=Path, help="PEFT directory whose matrices training starts from")
     parser.add_argument("--random-tokens", action="store_true", help="batches of random token ids")
-    parser.add_argument("--dump", type=Path, help="directory for a case's first adapters, batches and losses")
+    parser.add_argument("--dump", type=Path, help="directory for the last case's first adapters, batches and losses")
     parser.add_argument("--save-4bit", type=Path, help="directory for the model as bitsandbytes holds it; of hf")
     parser.add_argument("--fp8", action="store_true", help="weights and forward products in 8 bits; of unsloth")
     options = parser.parse_args()
