@@ -112,7 +112,7 @@ def measure(name: str, model: str, log: Path, timeout: float, cache: Path) -> di
         "ms_per_step": round(statistics.median(timed), 1),
         "spread_ms": round(quartiles[2] - quartiles[0], 1),
         "input_percent": round(100 * sum(waited) / sum(timed), 3),
-        "peak_gib": _gib(steps[-1]["device_bytes"]),
+        "peak_gib": _gib(steps[-1].get("device_bytes")),
         "step_gib": _gib(start["compiled_bytes"]),
         "predicted_gib": _gib(start["planned_bytes"]),
         "seconds": {
