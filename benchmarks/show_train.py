@@ -2,8 +2,9 @@
 
     python benchmarks/show_train.py benchmarks/results/nvidia-h200/train_step.json
 
-The table goes between the README's two `train_step` marks, the chart beside the rows as `train_step.svg`: tokens per
-second over memory, to the upper left of which is better.
+The tables go between the README's two `train_step` marks: steps, and seconds of first steps, loads and whole runs. The
+chart stands beside the rows as `train_step.svg`: tokens per second over memory, to the upper left of which is better,
+of steps of the 8B shape with 8,192 tokens or more.
 """
 
 from __future__ import annotations
@@ -24,19 +25,37 @@ Row = Mapping[str, Any]
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Markdown, a line a row, those that failed left out."""
+    """Markdown, a line a row, those that failed left out, an asterisk at a step alone; and the seconds of rows that are
+    of no step."""
     lines = ["| case | system | keeps | batch | tokens/s | ms a step | peak GiB |", "|---|---|---|---|---|---|---|"]
     for row in rows:
-        if "failed" not in row:
-            cells = row["case"], row["system"], row["policy"], f"{row['batch']} x {row['seq']:,}"
-            figures = f"{row['tokens_per_s']:,}", f"{row['ms_per_step']:,}", f"{row['peak_gib']}"
+        if "tokens_per_s" in row:
+            case = f"{row['case']} \\*" if row.get("alone") else row["case"]
+            cells = case, row["system"], row["policy"], f"{row['batch']} x {row['seq']:,}"
+            figures = f"{row['tokens_per_s']:,}", f"{row['ms_per_step']:,}", f"{row['peak_gib']:.2f}"
             lines.append(f"| {' | '.join(cells + figures)} |")
+    others = [row for row in rows if "seconds" in row and "tokens_per_s" not in row]
+    if others:
+        lines += ["", "| | system | keeps | seconds |", "|---|---|---|---|"]
+    for row in others:
+        seconds = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in row["seconds"].items())
+        cells = f"{row['case']} {row.get('of', '')}".strip(), row["system"], row.get("policy", ""), seconds
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def _in_chart(row: Row) -> bool:
+    if row.get("peak_gib") is None or "tokens_per_s" not in row:
+        return False
+    return (
+        row.get("model", "llama-3-8b") == "llama-3-8b"
+        and row["batch"] * row["seq"] * row.get("accumulation", 1) >= 8192
+    )
 
 
 def chart(rows: Sequence[Row], title: str) -> str:
     """An SVG of one labelled dot a row."""
-    rows = [row for row in rows if "failed" not in row and row["peak_gib"] is not None]
+    rows = [row for row in rows if _in_chart(row)]
     right, top = 5 * (int(max(row["peak_gib"] for row in rows)) // 5 + 1), 1.08 * max(r["tokens_per_s"] for r in rows)
     low = 0.92 * min(row["tokens_per_s"] for row in rows)
 
