@@ -1,4 +1,4 @@
-"""benchmarks/bench_train.py and show_train.py: rows of several runs, and the README's table, which is the kept rows'."""
+"""benchmarks/bench_train.py and show_train.py: rows of several runs, and the README's table, which is theirs."""
 
 from __future__ import annotations
 
