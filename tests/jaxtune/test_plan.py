@@ -100,7 +100,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 def test_estimates_are_what_the_h200_measured() -> None:
     rows = json.loads((ROOT / "benchmarks/results/nvidia-h200/train_step.json").read_text())["rows"]
-    rows = [row for row in rows if row["system"] == "jaxtune" and row["compute"] == "bf16"]
+    rows = [row for row in rows if row["system"] == "jaxtune" and row.get("compute") == "bf16"]
     assert {row["policy"] for row in rows} >= {"none", "full", "offload", "lean"}
     for row in rows:
         if row["case"] == "small":
