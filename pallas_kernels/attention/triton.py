@@ -52,14 +52,19 @@ def _fwd(q: Array, k: Array, v: Array, segment_ids: Array | None, form: Form) ->
     return out, (q, k, v, segment_ids, out, log_sums)
 
 
-def _bwd(form: Form, residuals: tuple[Any, ...], d_out: Array) -> tuple[Array | None, ...]:
+def backward(form: Form, residuals: tuple[Any, ...], d_out: Array) -> tuple[Array | None, ...]:
+    """Gradients of q, k and v, from q, k, v, segment_ids, the result, and log2 of each query's sum [B, N, T]."""
     q, k, v, segment_ids, out, log_sums = residuals
-    along = jnp.einsum("btnh,btnh->bnt", d_out, out, preferred_element_type=jnp.float32)
-    shared = (q, k, v, d_out, log_sums, along)
+    shared = (q, k, v, d_out, log_sums, along_queries(d_out, out))
     return _d_queries(*shared, segment_ids, form), *_d_keys(*shared, segment_ids, form), None
 
 
-attention_triton.defvjp(_fwd, _bwd)
+def along_queries(d_out: Array, out: Array) -> Array:
+    """What each query's gradients of scores are lessened by, [B, N, T]."""
+    return jnp.einsum("btnh,btnh->bnt", d_out, out, preferred_element_type=jnp.float32)
+
+
+attention_triton.defvjp(_fwd, backward)
 
 
 class _Reader:

@@ -276,7 +276,7 @@ def attention_cases(small: bool) -> Iterator[Case]:
                 f"{model}/{mask.name}",
                 b * t,
                 attention,
-                ("cudnn", "triton", "xla"),
+                ("cudnn", "triton", "mosaic", "xla"),
                 make=make,
                 call=lambda f, q, k, v, segments, window=window, cap=mask.cap: f(
                     q, k, v, segment_ids=segments, window=window, cap=cap
