@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import jax
+import jax.numpy as jnp
 
 from jaxtune.config import MeshConfig, RunConfig, TrainConfig
 from jaxtune.data.dataset import Dataset
@@ -15,6 +16,9 @@ from jaxtune.metrics import Progress
 from jaxtune.models.config import DecoderConfig
 from jaxtune.processes import several
 from jaxtune.structure import fp8_linears
+from pallas_kernels._device import assume_capability
+from pallas_kernels._dispatch import record_choices
+from pallas_kernels.attention import attention
 
 
 def check_devices(mesh: MeshConfig) -> None:
@@ -57,8 +61,15 @@ def check_compute(settings: TrainConfig, device: Device) -> str | None:
 
 def in_any_order(config: RunConfig, decoder: DecoderConfig, device: Device) -> str | None:
     """What to say of a run whose attention is cuDNN's, and so adds up gradients as they come."""
-    cudnn = (device.capability or 0.0) >= 8.0 and not config.data.packing and decoder.attention_cap is None
-    if config.train.deterministic or not cudnn:
+    if config.train.deterministic or config.data.packing or device.capability is None:
+        return None
+    q, k = (
+        jax.ShapeDtypeStruct((1, 64, n, decoder.head_dim), jnp.bfloat16)
+        for n in (decoder.num_heads, decoder.num_kv_heads)
+    )
+    with assume_capability(device.capability), record_choices(trace_as="xla") as choices:
+        jax.eval_shape(lambda q, k: attention(q, k, k, cap=decoder.attention_cap), q, k)
+    if choices[0].implementation != "cudnn":
         return None
     return (
         "attention of whole rows may add up gradients in another order each time: another run may differ in rounding "

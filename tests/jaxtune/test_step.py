@@ -129,14 +129,15 @@ def test_what_does_not_repeat_on_a_gpu_is_left_out_where_the_run_says_so() -> No
         assert options is not None
         assert options.get(flag) is expected
         assert jaxtune.step._compiler_options(settings, "cpu") is None
-    capped, packed = dataclasses.replace(DECODER, attention_cap=50.0), DataConfig("data", packing=True)
+    wide = dataclasses.replace(DECODER, head_dim=64)
+    capped, packed = dataclasses.replace(wide, attention_cap=50.0), DataConfig("data", packing=True)
     whole = dataclasses.replace(plain, data=DataConfig("data", packing=False))
-    said = in_any_order(whole, DECODER, sheet("h200"))
+    said = in_any_order(whole, wide, sheet("a100-80"))
     assert said is not None
     assert "train.deterministic: true repeats to the bit" in said
     others = (dataclasses.replace(whole, train=same.train), dataclasses.replace(plain, data=packed))
-    assert [in_any_order(run, DECODER, sheet("h200")) for run in others] == [None, None]
-    assert in_any_order(whole, capped, sheet("h200")) is in_any_order(whole, DECODER, sheet("t4")) is None
+    assert [in_any_order(run, wide, sheet("a100-80")) for run in others] == [None, None]
+    assert in_any_order(whole, capped, sheet("a100-80")) is in_any_order(whole, wide, sheet("t4")) is None
     # It moves sums by rounding only: a run may be continued with it.
     assert fingerprint(plain) == fingerprint(same)
 
