@@ -122,7 +122,10 @@ def test_out_of_memory_at_run(monkeypatch: pytest.MonkeyPatch, write_run: WriteR
             return self
 
         def memory_analysis(self) -> Any:
-            return SimpleNamespace(temp_size_in_bytes=3 * 2**30)
+            sizes = dict.fromkeys(
+                ("argument_size_in_bytes", "host_argument_size_in_bytes", "host_temp_size_in_bytes"), 0
+            )
+            return SimpleNamespace(temp_size_in_bytes=3 * 2**30, **sizes)
 
         def __call__(self, *arguments: Any) -> None:
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes.")
