@@ -47,6 +47,7 @@ def check_sheet(device: Device) -> list[health.Check]:
         health.Check("data sheet", True, lines, sheet_values),
         health.attempt("implementations", partial(health.check_implementations, device)),
         health.planned_step(plan),
+        health.planned_generation(device),
     ]
 
 

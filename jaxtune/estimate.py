@@ -72,6 +72,18 @@ _TRAFFIC = 53.0
 _IN_PIECES = 0.19
 # The interpreter, JAX and its libraries in the host's memory.
 _HOST_PROCESS = {"gpu": 2 * 2**30, "cpu": 640 * 2**20}
+# Of a step's memory on the device, as people read it.
+_PARTS = {
+    "weights": "frozen weights",
+    "adapters": "adapters",
+    "optimizer": "optimizer state",
+    "kept": "activations kept for the backward pass",
+    "gradients": "gradients",
+    "layer": "backward pass of one layer",
+    "decoded": "decoded 4-bit weights",
+    "logits": "or, in another moment: the loss",
+    "update": "or, in another moment: the update",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,9 +110,8 @@ class Memory:
 
     @property
     def parts(self) -> dict[str, int]:
-        """The components of the device's memory by name."""
-        others = ("host", "compiled")
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in others}
+        """The components of the device's memory, by what they are called to people."""
+        return {text: getattr(self, name) for name, text in _PARTS.items()}
 
     @property
     def resident(self) -> int:

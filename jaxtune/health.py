@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtune.config import DataConfig, LoraConfig, MeshConfig, ModelConfig, OutputConfig, RunConfig, TrainConfig
 from jaxtune.devices import Device
 from jaxtune.environment import nvidia_smi, versions
+from jaxtune.generation_plan import plan_generation
 from jaxtune.loading import resolve_dtype
 from jaxtune.memory import device_peak
 from jaxtune.metrics import format_bytes
@@ -238,6 +239,23 @@ def planned_step(plan: Plan) -> Check:
     lines.append("seconds = flops / (0.75 x data sheet's rate) + bytes between products / (0.75 x bandwidth)")
     ok = plan.device.capability is None or any(reach.longest_row >= 2048 for reach in plan.reaches)
     return Check("a Llama-3-8B step", ok, tuple(lines), plan.to_json())
+
+
+def planned_generation(device: Device) -> Check:
+    """What answers of Llama-3-8B in 512 tokens would take of a device, and how fast they could be at most."""
+    lines, values = ["estimated, not measured: Llama-3-8B NF4, r=16, one row of 512 tokens, prompt included"], {}
+    # Where the device's memory is the host's, nothing is saved by holding the table there.
+    least: dict[str, Any] = {"head": "nf4"} | ({} if device.shared else {"embedding_on_host": True})
+    flags = "--head nf4" + ("" if device.shared else " --embedding-on-host")
+    for name, settings in {"head and embedding in 16 bits": {}, flags: least}.items():
+        model, dtype = ModelConfig("random weights", **settings), resolve_dtype(device.compute_dtype)
+        plan = plan_generation(LLAMA_3_8B, model, LoraConfig(r=16), dtype, prompt=448, new=64)
+        rate, verdict = plan.most_tokens_per_second(device), "fits" if plan.peak <= device.usable else "does not fit"
+        room = format_bytes(device.usable)
+        lines.append(f"{name}: {format_bytes(plan.peak)} {verdict} in {room}; at most {rate:,.0f} tokens/s")
+        values[name] = {"peak_bytes": plan.peak, "most_tokens_per_second": round(rate, 1)}
+    lines.append("tokens/s = bandwidth / bytes of all weights but the embedding")
+    return Check("generation", True, tuple(lines), values)
 
 
 def random_arrays(structure: Any, seed: int, embedding: float = 0.1) -> Any:

@@ -37,6 +37,7 @@ _SHOWN: dict[str, tuple[str, Callable[[Any], str]]] = {
     "tokens_per_second": ("tokens/s", lambda x: f"{x:,.0f}"),
     "mfu": ("MFU", lambda x: f"{x:.1%}"),
     "device_bytes": ("device", lambda x: format_bytes(x)),
+    "process_bytes": ("GPU process", lambda x: format_bytes(x)),
     "host_bytes": ("host", lambda x: format_bytes(x)),
 }
 _REFRESH_SECONDS = 0.1
@@ -199,8 +200,8 @@ class Progress:
             self._live.start(refresh=True)
 
     def update(self, step: int, values: Mapping[str, Any]) -> None:
-        """Show a step's loss, eval_loss, learning_rate, grad_norm, loss_scale, tokens_per_second, mfu, device_bytes and
-        host_bytes.
+        """Show a step's loss, eval_loss, learning_rate, grad_norm, loss_scale, tokens_per_second, mfu, device_bytes,
+        process_bytes and host_bytes.
 
         Other values and None are passed over, so the record of metrics.jsonl can be given as it is. A plain line is
         printed at every log_every-th step, at the last, and wherever there is an eval_loss.

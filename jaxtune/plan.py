@@ -27,18 +27,6 @@ from jaxtune.planning import Plan, Reach, advice, make_plan, with_mesh
 from jaxtune.preflight import check_compute
 from jaxtune.traffic import scaling
 
-_COMPONENTS = {
-    "weights": "frozen weights",
-    "adapters": "adapters",
-    "optimizer": "optimizer state",
-    "kept": "activations kept for the backward pass",
-    "gradients": "gradients",
-    "layer": "backward pass of one layer",
-    "decoded": "decoded 4-bit weights",
-    "logits": "or, in another moment: the loss",
-    "update": "or, in another moment: the update",
-}
-
 
 def show_plan(plan: Plan, remedy: str | None, console: Console) -> None:
     """Print a plan. remedy: what to change where it does not fit."""
@@ -58,8 +46,8 @@ def show_plan(plan: Plan, remedy: str | None, console: Console) -> None:
         say(f"data.max_length {data.max_length} is beyond the model's {model.decoder.max_position} positions")
 
     table = _table(f"one step: remat {plan.policy}, {train.batch_size} x {data.max_length} tokens", "bytes")
-    for name, text in _COMPONENTS.items():
-        table.add_row(text, format_bytes(getattr(memory, name)))
+    for text, size in memory.parts.items():
+        table.add_row(text, format_bytes(size))
     table.add_section()
     table.add_row("peak, estimated", format_bytes(memory.estimate))
     if memory.compiled is not None:

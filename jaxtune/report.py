@@ -26,8 +26,20 @@ _CHARTS: tuple[tuple[str, dict[str, str], Callable[[float], str]], ...] = (
     ("gradient norm, before clipping", {"gradient norm": "grad_norm"}, "{:.4g}".format),
     ("tokens per second", {"tokens": "tokens_per_second"}, "{:,.0f}".format),
     ("share of the device's matrix rate (MFU)", {"MFU": "mfu"}, "{:.0%}".format),
-    ("memory", {"device": "device_bytes", "host": "host_bytes"}, format_bytes),
+    (
+        "memory of the device",
+        {"process": "process_bytes", "reserved": "reserved_bytes", "peak": "device_bytes", "now": "allocated_bytes"},
+        format_bytes,
+    ),
+    ("memory of the host", {"host": "host_bytes"}, format_bytes),
 )
+
+# Parts of a step as XLA has planned them.
+_COMPILED = {
+    "step_argument_bytes": "compiled: weights, state and batch",
+    "step_temporary_bytes": "compiled: all else of forward pass, backward pass and update",
+    "step_host_bytes": "compiled: in host memory",
+}
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1c2128; --soft: #68727f; --line: #d9dee4; --back: #fff; --panel: #f6f8fa }
@@ -87,6 +99,7 @@ def make_report(name: str, records: Records, config: str) -> str:
         start |= {key: record[key] for key in ("data", "versions") if key in record}
     sections = [
         ("", f'<div class="charts">{"".join(charts)}</div>' if charts else "<p>No update was done.</p>"),
+        ("Memory of the device", _memory(records)),
         ("Data", _pre("\n".join(start.get("data", [])))),
         ("Samples", _samples(records)),
         ("Machine and versions", html_table(list(start.get("versions", {}).items()))),
@@ -129,10 +142,42 @@ def _facts(records: Records) -> list[tuple[str, str]]:
     tokens = sum(r["tokens_per_second"] * r["step_seconds"] for r in updates if "step_seconds" in r)
     if seconds:
         facts += [("tokens per second", f"{tokens / seconds:,.0f}"), ("time in updates", format_seconds(seconds))]
-    for label, key in (("device memory, peak", "device_bytes"), ("host memory, most seen", "host_bytes")):
+    for label, key in (
+        ("device memory, peak", "device_bytes"),
+        ("GPU process, most seen", "process_bytes"),
+        ("host memory, most seen", "host_bytes"),
+    ):
         if points := _points(records, key):
             facts.append((label, format_bytes(max(value for _, value in points))))
     return facts
+
+
+def _memory(records: Records) -> str:
+    """What the device held, moment by moment; and the parts of a step, as planned, since none can be watched."""
+    columns = {
+        "allocated": "allocated_bytes",
+        "most so far": "device_bytes",
+        "reserved by the allocator": "reserved_bytes",
+        "process, by the driver": "process_bytes",
+    }
+    updates = [record for record in records if "loss" in record]
+    # Of a run that was continued, as its last start has them.
+    moments = {record["moment"]: record for record in records if "moment" in record}
+    moments |= {f"after update {record['step']}": record for record in updates[:1] + updates[-1:]}
+    rows = [(name, *(_bytes(record.get(key)) for key in columns.values())) for name, record in moments.items()]
+    parts: dict[str, Any] = {}
+    for record in records:
+        parts |= {key: record[key] for key in ("planned_parts", "planned_bytes", *_COMPILED) if key in record}
+    planned = [(text, _bytes(parts[key])) for key, text in _COMPILED.items() if key in parts]
+    planned += [(f"estimated: {name}", _bytes(size)) for name, size in parts.get("planned_parts", {}).items()]
+    seen = any(set(row[1:]) != {"-"} for row in rows)
+    return (html_table(rows, ("", *columns)) if seen else "") + (
+        f"<h2>Parts of a step, as planned</h2>{html_table(planned)}" if planned else ""
+    )
+
+
+def _bytes(size: Any) -> str:
+    return format_bytes(size) if isinstance(size, int | float) else "-"
 
 
 def _points(records: Records, key: str) -> list[tuple[float, float]]:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxtune import __main__ as command
 from jaxtune import health
+from jaxtune.config import LoraConfig, ModelConfig
 from jaxtune.devices import SHEETS, sheet, this_device
+from jaxtune.generation_plan import plan_generation
 from pallas_kernels.nf4 import dequantize
 
 
@@ -65,3 +68,17 @@ def test_gpu_that_jax_does_not_use_fails(monkeypatch: pytest.MonkeyPatch) -> Non
     check = health.check_devices()
     assert not check.ok
     assert "install jaxtune[cuda13]" in check.lines[-1]
+
+
+@pytest.mark.parametrize(
+    ("head", "on_host", "prompt", "compiled", "rate"),
+    [("dtype", False, 2048, 5.93, 1013.6), ("nf4", False, 2048, 5.204, 1213.4), ("nf4", True, 448, 4.038, 1213.4)],
+)
+def test_generation_is_planned_as_it_is_compiled(
+    head: Any, on_host: bool, prompt: int, compiled: float, rate: float
+) -> None:
+    """GiB that XLA's programs for an H200 hold, and the rate that its bandwidth allows."""
+    model = ModelConfig("-", head=head, embedding_on_host=on_host)
+    plan = plan_generation(health.LLAMA_3_8B, model, LoraConfig(r=16), jnp.bfloat16, prompt=prompt, new=64)
+    assert abs(plan.peak / 2**30 - compiled) < 0.01
+    assert round(plan.most_tokens_per_second(sheet("h200")), 1) == rate

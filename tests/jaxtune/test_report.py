@@ -60,7 +60,9 @@ def test_page_of_a_run(tmp_path: Path) -> None:
         {"step": 0, "data": ["train: 18 documents", EVIL], "versions": {"device": "cpu", "jax": "0.0.1"}},
         {"step": 0, "sample": "before", "prompt": EVIL, "answer": "nothing"},
         {"step": 0, "eval_loss": 4.0},
-        *(update(step, device_bytes=step * 2**30, mfu=0.5) for step in range(1, 6)),
+        {"step": 0, "step_argument_bytes": 2**30, "planned_parts": {"frozen weights": 2**20}, "planned_bytes": 2**30},
+        {"step": 0, "moment": "after loading", "device_bytes": 2**30, "allocated_bytes": 2**29},
+        *(update(n, device_bytes=n * 2**30, process_bytes=n * 2**31, mfu=0.5) for n in range(1, 6)),
         update(6, loss="NaN", eval_loss=2.0),
         {"step": 6, "sample": "after", "prompt": EVIL, "answer": "It is <b>blue</b>."},
     ]
@@ -78,6 +80,11 @@ def test_page_of_a_run(tmp_path: Path) -> None:
         "0.0.1",
         "4.0000 → 2.0000",
         "5.00 GiB",
+        "GPU process, most seen10.00 GiB",
+        "after loading512 MiB1.00 GiB--",
+        "after update 1-1.00 GiB-2.00 GiB",
+        "compiled: weights, state and batch1.00 GiB",
+        "estimated: frozen weights1 MiB",
         "name_or_path",
     ):
         assert part in page.text
