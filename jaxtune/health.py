@@ -27,7 +27,7 @@ from jaxtune.metrics import format_bytes
 from jaxtune.models.config import DecoderConfig
 from jaxtune.optim import make_optimizer
 from jaxtune.planning import Plan, make_plan, with_mesh
-from jaxtune.step import accumulate, train_step
+from jaxtune.step import accumulate, init_state, train_step
 from jaxtune.structure import (
     batch_structure,
     compile_step,
@@ -206,16 +206,8 @@ def check_large_step(device: Device) -> Check:
         return planned_step(plan)
     dtype = resolve_dtype(plan.dtype)
     compiled = compile_step(config, LLAMA_3_8B, dtype, plan.policy)
-    frozen = random_arrays(frozen_structure(LLAMA_3_8B, config.model, dtype), seed=1)
-    state = random_arrays(state_structure(config, plan.model.decoder, dtype), seed=2)
-    batch = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), batch_structure(config))
-    seconds = []
-    for _ in range(5):
-        started = time.perf_counter()
-        state, metrics = compiled(state, frozen, batch)
-        finite = bool(jnp.isfinite(metrics["loss"]))
-        seconds.append(time.perf_counter() - started)
-    peak, best = device_peak() or step_bytes(compiled), min(seconds)
+    losses, best = timed_steps(compiled, config, LLAMA_3_8B, dtype)
+    peak, finite = device_peak() or step_bytes(compiled), bool(np.isfinite(losses).all())
     useful = plan.useful_flops / best
     line = (
         f"Llama-3-8B, {config.train.batch_size} x 2048 tokens, remat {config.train.remat}: {format_bytes(peak)} of "
@@ -223,7 +215,28 @@ def check_large_step(device: Device) -> Check:
         f"{useful / 1e12:,.0f} TFLOP/s of useful work ({useful / device.flops:.0%} of the data sheet's)"
     )
     values = {"peak_bytes": peak, "planned_bytes": plan.memory.peak, "seconds": best, "finite": finite}
-    return Check("a Llama-3-8B step", finite, (line,), values)
+    lines = (line,) if finite else (line, f"losses of its steps: {', '.join(f'{loss:.4f}' for loss in losses)}")
+    return Check("a Llama-3-8B step", finite, lines, values)
+
+
+def timed_steps(
+    compiled: jax.stages.Compiled, config: RunConfig, hf_config: Mapping[str, Any], dtype: Any, count: int = 5
+) -> tuple[list[float], float]:
+    """Losses of a compiled step on random weights, and the seconds of the quickest.
+
+    The optimizer's state is a new run's: a random one may be such as no gradients leave behind, and give no number.
+    """
+    frozen = random_arrays(frozen_structure(hf_config, config.model, dtype), seed=1)
+    lora = random_arrays(state_structure(config, DecoderConfig.from_hf(hf_config), dtype).lora, seed=2)
+    state = init_state(lora, make_optimizer(config.train, 1000), config.train.seed, dtype)
+    batch = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), batch_structure(config))
+    losses, seconds = [], []
+    for _ in range(count):
+        started = time.perf_counter()
+        state, metrics = compiled(state, frozen, batch)
+        losses.append(float(metrics["loss"]))
+        seconds.append(time.perf_counter() - started)
+    return losses, min(seconds)
 
 
 def planned_step(plan: Plan) -> Check:

@@ -18,7 +18,8 @@ import time
 from importlib.metadata import version
 from typing import Any
 
-from qlora import PACKAGES, load_hf, load_unsloth
+from load_models import load_hf, load_unsloth
+from qlora import PACKAGES, Case
 
 # batch, tokens of each prompt, tokens to make.
 CASES = {
@@ -85,7 +86,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--wait", action="store_true", help="between loading and timing: for a line of input")
     options = parser.parse_args()
-    loading = argparse.Namespace(model=options.model, length=4096, rank=16, checkpointing="none")
+    # What the loading of qlora.py asks of its options: one case of rows that hold any of these.
+    case = Case("generation", "none", 1, 4096, 0)
+    loading = argparse.Namespace(model=options.model, cases=[case], rank=16, fp8=False, save_4bit=None)
     model = (load_unsloth if options.system == "unsloth" else load_hf)(loading)
     if options.system == "unsloth":
         from unsloth import FastLanguageModel

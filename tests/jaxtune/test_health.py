@@ -14,6 +14,7 @@ from jaxtune import health
 from jaxtune.config import LoraConfig, ModelConfig
 from jaxtune.devices import SHEETS, sheet, this_device
 from jaxtune.generation_plan import plan_generation
+from jaxtune.structure import compile_step
 from pallas_kernels.nf4 import dequantize
 
 
@@ -82,3 +83,13 @@ def test_generation_is_planned_as_it_is_compiled(
     plan = plan_generation(health.LLAMA_3_8B, model, LoraConfig(r=16), jnp.bfloat16, prompt=prompt, new=64)
     assert abs(plan.peak / 2**30 - compiled) < 0.01
     assert round(plan.most_tokens_per_second(sheet("h200")), 1) == rate
+
+
+def test_the_timed_step_of_a_gpu_gives_numbers() -> None:
+    """Step after step, from the state that it starts with."""
+    config, dtype = health.qlora_run(1, 64), jnp.dtype(jnp.float32)
+    losses, seconds = health.timed_steps(
+        compile_step(config, health._SMALL, dtype, "full"), config, health._SMALL, dtype
+    )
+    assert (len(losses), bool(np.isfinite(losses).all()), seconds > 0) == (5, True, True)
+    assert losses[-1] < losses[0]
