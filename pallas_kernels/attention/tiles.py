@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -68,23 +68,27 @@ class Span(NamedTuple):
         return jnp.where(tile < self.whole_first, tile, tile + self.whole_end - self.whole_first)
 
 
-def spans_of(seen: tuple[Array, Array], axis: int) -> Array:
+def spans_of(seen: tuple[Any, Any], axis: int) -> Array:
     """A `Span` of tiles along `axis` of `seen_tiles`'s results for each tile along the other: int32 [B, tiles, 4].
 
     Where whole tiles are not all beside each other, those from the first one on until one is not whole count as such.
     """
-    some, whole = (jnp.moveaxis(x, axis, 2) for x in seen)
-    index, count = jnp.arange(some.shape[2]), some.shape[2]
-    first, end = jnp.argmax(some, axis=2), count - jnp.argmax(some[..., ::-1], axis=2)
-    whole_first = jnp.where(jnp.any(whole, axis=2), jnp.argmax(whole, axis=2), end)
+    # What is known when the program is made is computed then: XLA takes seconds to fold it.
+    xp: Any = np if isinstance(seen[0], np.ndarray) else jnp
+    some, whole = (xp.moveaxis(x, axis, 2) for x in seen)
+    index, count = xp.arange(some.shape[2]), some.shape[2]
+    first, end = xp.argmax(some, axis=2), count - xp.argmax(some[..., ::-1], axis=2)
+    whole_first = xp.where(xp.any(whole, axis=2), xp.argmax(whole, axis=2), end)
     broken = ~whole & (index >= whole_first[..., None])
-    whole_end = jnp.where(jnp.any(broken, axis=2), jnp.argmax(broken, axis=2), count)
-    return jnp.stack([first, whole_first, jnp.where(whole_first < end, whole_end, end), end], axis=2).astype(jnp.int32)
+    whole_end = xp.where(xp.any(broken, axis=2), xp.argmax(broken, axis=2), count)
+    spans = xp.stack([first, whole_first, xp.where(whole_first < end, whole_end, end), end], axis=2)
+    return jnp.asarray(spans, jnp.int32)
 
 
-def seen_tiles(segment_ids: Array | None, shape: tuple[int, ...], form: Form, tiles: Tiles) -> tuple[Array, Array]:
+def seen_tiles(segment_ids: Array | None, shape: tuple[int, ...], form: Form, tiles: Tiles) -> tuple[Any, Any]:
     """Which tiles of keys a tile of queries may see some of, and which each of its queries sees whole: bool
-    [B, query tiles, key tiles]. On the diagonal there is always something to see, and always something masked.
+    [B, query tiles, key tiles], of NumPy where there are no documents. On the diagonal there is always something to
+    see, and always something masked.
 
     Documents are told apart by the least and the largest number in a tile: exactly where numbers rise along a row, and
     with some tiles too many where they do not.
@@ -98,9 +102,9 @@ def seen_tiles(segment_ids: Array | None, shape: tuple[int, ...], form: Form, ti
     if form.window is not None:
         some &= np.minimum(end_key, t)[None, :] > first_query[:, None] - form.window + 1
         whole &= first_key[None, :] > end_query[:, None] - 1 - form.window
-    some_1xQxS, whole_1xQxS = jnp.asarray(some)[None], jnp.asarray(whole)[None]
+    some_1xQxS, whole_1xQxS = some[None], whole[None]
     if segment_ids is None:
-        return jnp.broadcast_to(some_1xQxS, (b, *some.shape)), jnp.broadcast_to(whole_1xQxS, (b, *some.shape))
+        return np.broadcast_to(some_1xQxS, (b, *some.shape)), np.broadcast_to(whole_1xQxS, (b, *some.shape))
 
     def extremes(size: int) -> tuple[Array, Array]:
         padded = jnp.pad(segment_ids, ((0, 0), (0, -t % size)), mode="edge").reshape(b, -1, size)
