@@ -8,7 +8,6 @@ gradients in float32; roundings where the reference has them. Refuses rows that 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,17 +16,12 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from pallas_kernels._device import multiprocessors
 from pallas_kernels._triton import WHOLE, load_f32, masked_span, row_kernel_reason, triton_call
 from pallas_kernels.rms_norm.reference import scaled
 
 _MAX_WIDTH = 32768
 # Elements that one program holds of each array (one row, or several short ones), and that one warp does.
 _TILE, _ELEMENTS_PER_WARP = 4096, 512
-# Where there are many tiles, programs stay and take them in turn, the next one's loads under way: so many that those of
-# a multiprocessor fit its registers and threads (a forward pass with a residual has one more array, and no program
-# stays), and so many elements of a tile a warp.
-_STAYING_FORWARD, _STAYING_BACKWARD = (5, 512), (2, 256)
 
 
 def unsupported_reason(x: Array, *others: Array) -> str | None:
@@ -44,21 +38,18 @@ def rms_norm_forward_triton(
     m, d = x.shape
     rows, size = _tile(d)
     shape = jax.ShapeDtypeStruct
-    sources = [x] if residual is None else [x, residual]
+    operands = [x, scale] if residual is None else [x, scale, residual]
     outputs = [shape((m, d + tail), x.dtype), shape((m,), jnp.float32)]
     outputs += [] if residual is None else [shape((m, d), x.dtype)]
 
-    def read(first: Array, refs: Any) -> list[Array]:
-        _, inside = _position(first, m, d)
-        return [_load(ref, first, d, inside) for ref in refs[: len(sources)]]
-
-    def write(first: Array, values: list[Array], refs: Any) -> None:
-        scale_ref, y_ref, inverse_ref, *total_ref = refs[len(sources) :]
-        row, inside = _position(first, m, d)
+    def kernel(*refs: Any) -> None:
+        x_ref, scale_ref, *residual_ref = refs[: len(operands)]
+        y_ref, inverse_ref, *total_ref = refs[len(operands) :]
+        first, row, inside = _position(m, d)
         at, columns = pl.ds(first, rows), masked_span(0, size, first)
-        value = values[0].astype(jnp.float32)
+        value = load_f32(x_ref.at[at, columns], inside)
         if residual is not None:
-            total = (value + values[1].astype(jnp.float32)).astype(x.dtype)
+            total = (value + load_f32(residual_ref[0].at[at, columns], inside)).astype(x.dtype)
             plt.store(total_ref[0].at[at, columns], total, mask=inside)
             value = total.astype(jnp.float32)
         inverse = lax.rsqrt(jnp.sum(value * value, axis=1) / d + eps)
@@ -72,8 +63,7 @@ def rms_norm_forward_triton(
             plt.store(y_ref.at[at, masked_span(d, width, first)], zeros, mask=behind & (row < m)[:, None])
         plt.store(inverse_ref.at[at], inverse, mask=None if m % rows == 0 else row < m)
 
-    staying = _STAYING_FORWARD if residual is None else None
-    y, inverse, *total = _call(read, write, "rms_norm_forward", [*sources, scale], outputs, (m, d), staying)
+    y, inverse, *total = _call(kernel, "rms_norm_forward", operands, outputs, (m, d))
     return y, inverse, total[0] if total else x
 
 
@@ -90,29 +80,24 @@ def rms_norm_backward_triton(
     m, d = total.shape
     rows, size = _tile(d)
 
-    def read(first: Array, refs: Any) -> list[Array]:
-        row, inside = _position(first, m, d)
-        inverse = load_f32(refs[1].at[pl.ds(first, rows)], None if m % rows == 0 else row < m)
-        return [inverse, *(_load(ref, first, d, inside) for ref in refs[2:-1])]
-
-    def write(first: Array, values: list[Array], refs: Any) -> None:
-        _, inside = _position(first, m, d)
-        columns = masked_span(0, size, first)
-        inverse, normalised, gradient, *rest = (value.astype(jnp.float32) for value in values)
+    def kernel(total_ref: Any, scale_ref: Any, inverse_ref: Any, dy_ref: Any, *refs: Any) -> None:
+        first, row, inside = _position(m, d)
+        at, columns = pl.ds(first, rows), masked_span(0, size, first)
+        gradient = load_f32(dy_ref.at[at, columns], inside)
         if extra is not None:
-            gradient += rest[0]
-        weight = load_f32(refs[0].at[columns], _columns_inside(d))
+            gradient += load_f32(refs[0].at[at, columns], inside)
+        weight = load_f32(scale_ref.at[columns], _columns_inside(d))
         gradient *= (1.0 + weight if unit_offset else weight)[None, :]
-        normalised *= inverse[:, None]
+        inverse = load_f32(inverse_ref.at[at], None if m % rows == 0 else row < m)[:, None]
+        normalised = load_f32(total_ref.at[at, columns], inside) * inverse
         along = jnp.sum(gradient * normalised, axis=1, keepdims=True) / d
-        dx = inverse[:, None] * (gradient - normalised * along)
+        dx = inverse * (gradient - normalised * along)
         if d_total is not None:
-            dx += rest[-1]
-        plt.store(refs[-1].at[pl.ds(first, rows), columns], dx.astype(total.dtype), mask=inside)
+            dx += load_f32(refs[-2].at[at, columns], inside)
+        plt.store(refs[-1].at[at, columns], dx.astype(total.dtype), mask=inside)
 
-    operands = [scale, inverse_rms, total, dy, *(g for g in (extra, d_total) if g is not None)]
-    outputs = [jax.ShapeDtypeStruct((m, d), total.dtype)]
-    (dx,) = _call(read, write, "rms_norm_backward", operands, outputs, (m, d), _STAYING_BACKWARD)
+    operands = [total, scale, inverse_rms, dy, *(g for g in (extra, d_total) if g is not None)]
+    (dx,) = _call(kernel, "rms_norm_backward", operands, [jax.ShapeDtypeStruct((m, d), total.dtype)], (m, d))
     return dx
 
 
@@ -128,63 +113,25 @@ def _columns_inside(d: int) -> Array | None:
     return None if size == d else lax.iota(jnp.int32, size) < d
 
 
-def _load(ref: Any, first: Array, d: int, inside: Array | None) -> Array:
-    """A tile of rows from `first` on, with zeros where nothing is."""
+def _position(m: int, d: int) -> tuple[Array, Array, Array | None]:
+    """This program's first row, its rows, and which elements of its tile exist (None if all do)."""
     rows, size = _tile(d)
-    other = None if inside is None else 0.0
-    return plt.load(ref.at[pl.ds(first, rows), masked_span(0, size, first)], mask=inside, other=other)
-
-
-def _position(first: Array, m: int, d: int) -> tuple[Array, Array | None]:
-    """The rows of a tile, and which of its elements exist (None if all do)."""
-    rows, size = _tile(d)
+    first = pl.program_id(0) * rows
     row = first + lax.iota(jnp.int32, rows)
     if m % rows == 0 and size == d:
-        return row, None
+        return first, row, None
     column = lax.broadcasted_iota(jnp.int32, (rows, size), 1)
-    return row, (column < d) & (row < m)[:, None]
+    return first, row, (column < d) & (row < m)[:, None]
 
 
-def _call(
-    read: Callable[..., list[Array]],
-    write: Callable[..., None],
-    name: str,
-    operands: list[Array],
-    outputs: list[Any],
-    shape: tuple[int, int],
-    staying: tuple[int, int] | None,
-) -> list[Array]:
-    """`write`(first row, what `read`(first row, refs) gave, refs) for each tile of rows.
-
-    staying: programs that stay on a multiprocessor, and their elements a warp; None where none should.
-    """
+def _call(kernel: Any, name: str, operands: list[Array], outputs: list[Any], shape: tuple[int, int]) -> list[Array]:
     rows, size = _tile(shape[1])
-    tiles = pl.cdiv(shape[0], rows)
-    programs, per_warp = tiles, _ELEMENTS_PER_WARP
-    if staying is not None and rows * size <= _TILE and tiles >= 2 * staying[0] * multiprocessors():
-        programs, per_warp = staying[0] * multiprocessors(), staying[1]
-
-    def kernel(*refs: Any) -> None:
-        begin = pl.program_id(0)
-
-        def step(index: Array, now: list[Array]) -> list[Array]:
-            tile = begin + index * programs
-            ahead = read(jnp.minimum(tile + programs, tiles - 1) * rows, refs)
-            write(tile * rows, now, refs)
-            return ahead
-
-        now = read(begin * rows, refs)
-        if programs < tiles:
-            lax.fori_loop(0, (tiles - begin + programs - 1) // programs, step, now)
-        else:
-            write(begin * rows, now, refs)
-
     return triton_call(
         kernel,
         out_shape=outputs,
-        grid=(programs,),
+        grid=(pl.cdiv(shape[0], rows),),
         in_specs=[WHOLE] * len(operands),
         out_specs=[WHOLE] * len(outputs),
-        num_warps=min(rows * size // per_warp, 16),
+        num_warps=min(rows * size // _ELEMENTS_PER_WARP, 16),
         name=name,
     )(*operands)

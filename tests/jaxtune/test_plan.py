@@ -103,13 +103,12 @@ def test_estimates_are_what_the_h200_measured() -> None:
     rows = [row for row in rows if row["system"] == "jaxtune" and row.get("compute") == "bf16"]
     assert {row["policy"] for row in rows} >= {"none", "full", "offload", "lean"}
     for row in rows:
-        if row["case"] == "small":
-            # 256 tokens a step: 7 % above the estimate, and bound by launches.
-            continue
         model = {"llama-2-13b": "13b", "llama-3-70b": "70b"}.get(row.get("model"), "8b")
         sections = {"lora": {"r": row.get("rank", 64)}, **CASES.get(row["case"], {})}
         config = run_config(row["batch"], row["seq"], **sections)
-        assert peak(config, model, row["policy"]) == pytest.approx(row["peak_gib"], rel=0.05), row["case"]
+        # A step of 256 tokens is 7 % above the estimate (benchmarks/NOTES.md).
+        rel = 0.08 if row["case"] == "small" else 0.05
+        assert peak(config, model, row["policy"]) == pytest.approx(row["peak_gib"], rel=rel), row["case"]
         if row["batch"] * row["seq"] < 2048:
             # Not so many tokens that the rates of large products hold.
             continue
