@@ -18,23 +18,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm
 
-from pallas_kernels._device import compute_capability
-from pallas_kernels._triton import interpreting
-
 WARPGROUP = 4
 EVERY_LANE = "0xffffffff"
-
-
-def hopper_reason() -> str | None:
-    """Why kernels through Mosaic cannot run here, or None."""
-    if not hasattr(plgpu, "inline_mgpu") or jax.__version_info__ < (0, 11):
-        return f"it needs JAX 0.11 or newer, this is {jax.__version__}"
-    if interpreting():
-        return "the interpreter does not run assembly"
-    capability = compute_capability()
-    if capability is None or not 9.0 <= capability < 10.0:
-        return "it needs a Hopper GPU (compute capability 9.0)"
-    return None
 
 
 class Program:

@@ -25,6 +25,7 @@ from pallas_kernels.attention.mosaic_parts import (
     constant,
     each_item,
     finished,
+    loads_of_keys,
     multiplied,
     multiply,
     padded_ids,
@@ -53,22 +54,7 @@ def forward(q: Array, k: Array, v: Array, segment_ids: Array | None, form: Form,
         warpgroup = lax.axis_index("group")
         turns = Turns(scratch["turns"], warpgroup)
 
-        def load(work: Work) -> None:
-            own.fetch(work, work.head, q_ref)
-            batch, kv_head = work.item.batch, lax.div(work.head, group)
-
-            def load_tile(step: Array) -> None:
-                rows = pl.ds(work.item.at(step)[1] * tiles.keys, tiles.keys)
-                documents = () if ids_ref is None else (ids_ref.at[batch, rows],)
-                keys.fetch(work.before + step, k_ref.at[batch, rows, kv_head], *documents)
-                values.fetch(work.before + step, v_ref.at[batch, rows, kv_head])
-
-            pl.loop(0, work.item.steps())(load_tile)
-
-        def unload(count: Array) -> None:
-            own.await_all()
-            keys.await_all(count)
-            values.await_all(count)
+        load, unload = loads_of_keys(own, keys, values, (q_ref,), (k_ref, v_ref, ids_ref), group, tiles.keys)
 
         def compute(work: Work) -> None:
             item, count = work.item, work.before

@@ -20,10 +20,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels._device import compute_capability
-from pallas_kernels._triton import interpreting
+from pallas_kernels._mosaic import hopper_reason
 from pallas_kernels.attention import triton
 from pallas_kernels.attention.mosaic_backward import d_keys, d_queries
 from pallas_kernels.attention.mosaic_forward import forward
@@ -44,20 +42,13 @@ _ROWS = 8
 
 def unsupported_reason(q: Array) -> str | None:
     """Why q cannot be served here, or None."""
-    if not hasattr(plgpu, "InterpretGPUParams") or jax.__version_info__ < (0, 11):
-        return f"it needs JAX 0.11 or newer, this is {jax.__version__}"
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         return f"it takes bfloat16 and float16, not {q.dtype}"
     if q.shape[-1] % 64 or not 64 <= q.shape[-1] <= 256:
         return f"it takes head widths that are multiples of 64 up to 256, not {q.shape[-1]}"
     if q.size == 0:
         return f"an array of shape {q.shape} holds nothing"
-    if interpreting():
-        return None
-    capability = compute_capability()
-    if capability is None or not 9.0 <= capability < 10.0:
-        return "it needs a Hopper GPU (compute capability 9.0)"
-    return None
+    return hopper_reason(interpretable=True)
 
 
 def attention_mosaic(q: Array, k: Array, v: Array, segment_ids: Array | None, form: Form) -> Array:

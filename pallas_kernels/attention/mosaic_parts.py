@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -13,6 +13,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels._device import multiprocessors
 from pallas_kernels._triton import interpreting
 from pallas_kernels.attention.tiles import Span, Tiles
 from pallas_kernels.attention.xla import Form
@@ -25,8 +26,6 @@ GROUPS, ROWS = 2, 64
 LOG2E = math.log2(math.e)
 # As in `triton`: finite, and its product with a factor is exact.
 MASKED = -(2.0**100)
-# Multiprocessors of the GPUs that this serves.
-_CORES = 132
 # Registers of a thread that computes, and of one that loads; there are 65,536 for 384 threads.
 _REGISTERS = 240, 24
 
@@ -197,6 +196,36 @@ class Own(Loaded):
             plgpu.barrier_wait(self.free.at[group])
 
 
+def loads_of_keys(
+    own: Own, keys: Ring, values: Ring, own_refs: Sequence[Any], refs: tuple[Any, Any, Any], group: int, size: int
+) -> tuple[Callable[[Work], None], Callable[[Array], None]]:
+    """`load` and `unload` of `each_item` where an item is a tile of queries: its rows of own_refs, and one tile of keys
+    and values after the other.
+
+    refs: of keys, values and documents (None without). group: heads that share keys. size: keys of a tile.
+    """
+    k_ref, v_ref, ids_ref = refs
+
+    def load(work: Work) -> None:
+        own.fetch(work, work.head, *own_refs)
+        batch, kv_head = work.item.batch, lax.div(work.head, group)
+
+        def load_tile(step: Array) -> None:
+            rows = pl.ds(work.item.at(step)[1] * size, size)
+            documents = () if ids_ref is None else (ids_ref.at[batch, rows],)
+            keys.fetch(work.before + step, k_ref.at[batch, rows, kv_head], *documents)
+            values.fetch(work.before + step, v_ref.at[batch, rows, kv_head])
+
+        pl.loop(0, work.item.steps())(load_tile)
+
+    def unload(count: Array) -> None:
+        own.await_all()
+        keys.await_all(count)
+        values.await_all(count)
+
+    return load, unload
+
+
 class Turns(NamedTuple):
     """The two warpgroups give the tensor cores to each other: one multiplies while the other takes exponentials."""
 
@@ -314,7 +343,7 @@ def call(
     return plgpu.kernel(
         kernel,
         out_type=shapes,
-        grid=(min(_CORES, given[0].shape[0] * heads),),
+        grid=(min(multiprocessors(), given[0].shape[0] * heads),),
         grid_names=("program",),
         num_threads=GROUPS + 1,
         thread_name="group",

@@ -17,7 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from pallas_kernels._ptx import EVERY_LANE, Program, hopper_reason, launch
+from pallas_kernels._mosaic import hopper_reason
+from pallas_kernels._ptx import EVERY_LANE, Program, launch
 from pallas_kernels.nf4.reference import DYNAMIC_MAP, NF4_TABLE
 from pallas_kernels.nf4.tensor import NF4Tensor
 

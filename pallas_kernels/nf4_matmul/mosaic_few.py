@@ -21,7 +21,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from pallas_kernels._ptx import hopper_reason, launch
+from pallas_kernels._device import multiprocessors
+from pallas_kernels._mosaic import hopper_reason
+from pallas_kernels._ptx import launch
 from pallas_kernels._stack import StackLayer, as_stack_layer
 from pallas_kernels.nf4.reference import DYNAMIC_MAP
 from pallas_kernels.nf4.tensor import NF4Layer, NF4Tensor
@@ -30,7 +32,7 @@ from pallas_kernels.nf4_matmul.lookup import bits_in
 
 # More are faster through wgmma (mosaic_gpu.py).
 MOST_ROWS = 8
-_MOST_WARPS, _CORES = 16, 132
+_MOST_WARPS = 16
 _WIDTHS = {"bfloat16": False, "float32": True}
 
 
@@ -91,7 +93,7 @@ def few_rows(
         row, column = row + w.shape[0], column + rank
     out = jax.ShapeDtypeStruct((m, row), dtype or x.dtype)
     wide = (low.dtype == jnp.float32, any(up is not None and up.dtype == jnp.float32 for up in given))
-    grid, warps = min(_CORES, row // TILE), min(_MOST_WARPS, -(-k // CHUNK // 4) * 4)
+    grid, warps = min(multiprocessors(), row // TILE), min(_MOST_WARPS, -(-k // CHUNK // 4) * 4)
     how = Launch(
         m, k, tuple(members), layer.stack.is_nested, low.shape[1], *wide, _WIDTHS[np.dtype(out.dtype).name], grid, warps
     )

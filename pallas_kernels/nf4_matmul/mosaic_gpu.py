@@ -25,7 +25,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm
 
-from pallas_kernels._ptx import hopper_reason
+from pallas_kernels._device import multiprocessors
+from pallas_kernels._mosaic import hopper_reason
 from pallas_kernels.nf4.reference import DYNAMIC_MAP
 from pallas_kernels.nf4.tensor import NF4Layer, NF4Tensor
 from pallas_kernels.nf4_matmul import mosaic_few
@@ -37,8 +38,8 @@ MOST_ROWS = 512
 _STEP = 64
 # Rows of a weight for one warpgroup.
 _OUTPUTS = 64
-# Multiprocessors of the GPUs that this serves, and bytes of shared memory that a kernel may have; some are Mosaic's.
-_CORES, _SHARED = 132, 232448 - 2048
+# Bytes of shared memory that a kernel may have; some are Mosaic's.
+_SHARED = 232448 - 2048
 
 
 class Tiles(NamedTuple):
@@ -87,7 +88,7 @@ def tiles_for(rows: int, w: NF4Tensor | NF4Layer) -> Tiles:
     size = min(256, max(16, pl.next_power_of_2(rows)))
     columns = 64 if rows > 64 or k % 128 else 128
     programs = -(-rows // size) * (n // (2 * _OUTPUTS))
-    split = max((s for s in (1, 2, 4, 7, 8) if k % (columns * s) == 0 and programs * s <= _CORES), default=1)
+    split = max((s for s in (1, 2, 4, 7, 8) if k % (columns * s) == 0 and programs * s <= multiprocessors()), default=1)
     return Tiles(size, columns=columns, split=split if rows <= 64 else 1).fitted(k)
 
 
@@ -216,7 +217,7 @@ def _kernel(m: int, stack: NF4Tensor, tiles: Tiles) -> Callable[..., Array]:
     return plgpu.kernel(
         kernel,
         out_type=jax.ShapeDtypeStruct(shape, dtype),
-        grid=(min(_CORES, split * output_tiles * row_tiles),),
+        grid=(min(multiprocessors(), split * output_tiles * row_tiles),),
         grid_names=("program",),
         num_threads=groups + 1,
         thread_name="group",

@@ -32,7 +32,7 @@ CASES: dict[str, tuple[int, int, tuple[int, ...], tuple[int, ...], dict[str, Any
 def test_values(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     m, k, sizes, ranks, options = CASES[name]
     monkeypatch.setattr(mosaic_few, "launch", launched)
-    monkeypatch.setattr(mosaic_few, "_CORES", 2)
+    monkeypatch.setattr(mosaic_few, "multiprocessors", lambda: 2)
     monkeypatch.setattr(mosaic_few, "_MOST_WARPS", 4)
     rng = np.random.default_rng(0)
     adapter_dtype = "float32" if options.get("wide") else "bfloat16"
