@@ -128,7 +128,12 @@ def batch_loss(
         decoder, vocabulary = config.parts.decoder(decoder), config.parts.vocabulary
         frozen = config.parts.local(frozen)
     execution = Execution(
-        remat if wrap is None else wrap, config.unroll, MLP_CHUNK.get(config.remat), config.parts, config.fp8
+        remat if wrap is None else wrap,
+        config.unroll,
+        MLP_CHUNK.get(config.remat),
+        config.parts,
+        config.fp8,
+        config.deterministic,
     )
     hidden, _ = hidden_states(
         frozen,
@@ -262,7 +267,7 @@ def _compiler_options(config: StepConfig, platform: str) -> dict[str, bool] | No
     # cuBLAS adds the adapter's product to the base's while it writes; XLA's own Triton matmuls do not.
     options = {"xla_gpu_enable_triton_gemm": False}
     if config.deterministic:
-        # cuDNN then sums the gradients of queries in a fixed order.
+        # Of XLA's own kernels and algorithms; attention's are chosen in `pallas_kernels`.
         options["xla_gpu_exclude_nondeterministic_ops"] = True
     if config.remat in OFFLOADED:
         # Without it the copies of layer inputs to and from the host do not overlap with compute.

@@ -47,12 +47,13 @@ def self_attention(
     elif cache is None:
         q, k, v = split_rope(qkv, context.cos, context.sin, heads=heads, kv_heads=kv_heads)
     form: Any = {"window": context.window, "cap": config.attention_cap, "scale": config.attention_scale}
+    in_training = form | {"deterministic": context.deterministic}
     if cache is None and context.parts is not None:
         q, k, v = context.parts.by_heads(q, k, v)
         segment_ids = context.parts.rows(context.segment_ids)
-        out = context.parts.by_tokens(attention(q, k, v, segment_ids=segment_ids, **form))
+        out = context.parts.by_tokens(attention(q, k, v, segment_ids=segment_ids, **in_training))
     elif cache is None:
-        out = attention(q, k, v, segment_ids=context.segment_ids, **form)
+        out = attention(q, k, v, segment_ids=context.segment_ids, **in_training)
     else:
         keys, values = (StackLayer(cache[name], layer) for name in ("k", "v"))
         start = context.cache_start

@@ -26,6 +26,7 @@ class Context:
     mlp_chunk: tokens that pass through an MLP at a time, recomputed in the backward pass; None for all at once.
     parts: how the model is cut over the devices of a mesh; None on one device.
     fp8: which linears are computed in 8 bits; None for none.
+    deterministic: as of `Execution`.
     """
 
     cos: Array
@@ -38,6 +39,7 @@ class Context:
     mlp_chunk: int | None = None
     parts: Parts | None = None
     fp8: Fp8 | None = None
+    deterministic: bool = False
 
 
 Cache: TypeAlias = dict[str, Array]
@@ -54,6 +56,7 @@ class Execution:
     mlp_chunk: tokens that pass through an MLP at a time; None for all.
     parts: inside of a `shard_map`, how the trees are cut over its devices; arguments and results are this device's.
     fp8: which linears are computed in 8 bits; None for none.
+    deterministic: without kernels whose sums have no fixed order.
     """
 
     remat: Wrap | None = None
@@ -61,6 +64,7 @@ class Execution:
     mlp_chunk: int | None = None
     parts: Parts | None = None
     fp8: Fp8 | None = None
+    deterministic: bool = False
 
 
 PLAIN = Execution()

@@ -248,7 +248,17 @@ def _contexts(
         rope = config.local_rope if window is not None and config.local_rope is not None else config.rope
         cos, sin = rope.cos_sin(positions, lengths)
         contexts[window, fp8] = Context(
-            cos, sin, segment_ids, start, adaptation, first, window, execution.mlp_chunk, parts, fp8
+            cos,
+            sin,
+            segment_ids,
+            start,
+            adaptation,
+            first,
+            window,
+            execution.mlp_chunk,
+            parts,
+            fp8,
+            execution.deterministic,
         )
     return contexts
 

@@ -24,6 +24,7 @@ def attention(
     window: int | None = None,
     cap: float | None = None,
     scale: float | None = None,
+    deterministic: bool = False,
     implementation: str | None = None,
 ) -> Float[Array, "B T N H"]:
     """Each query attends to the keys at or before it in its row and, with `segment_ids`, in its own document only.
@@ -35,6 +36,7 @@ def attention(
         window: keys that a query sees at most, its own among them (a sliding window); None for all before it.
         cap: soft-cap of the scores, cap * tanh(score / cap); None for none.
         scale: factor on the scores; 1 / sqrt(H) when None.
+        deterministic: the same bits each time, gradients too: without cuDNN.
         implementation: "cudnn", "triton", "mosaic", "xla", or None to choose.
 
     Returns:
@@ -53,8 +55,9 @@ def attention(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if window is not None and window >= q.shape[1]:
         window = None
+    any_order = "its backward pass adds up gradients in any order" if deterministic else None
     candidates = {
-        "cudnn": lambda: cudnn.unsupported_reason(q, segment_ids, cap),
+        "cudnn": lambda: any_order or cudnn.unsupported_reason(q, segment_ids, cap),
         "triton": lambda: triton.unsupported_reason(q),
         "mosaic": lambda: mosaic_gpu.unsupported_reason(q),
         "xla": lambda: None,

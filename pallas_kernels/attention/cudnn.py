@@ -2,8 +2,7 @@
 
 Why it exists: the fastest causal attention on NVIDIA GPUs. Rows of one document take O(T) memory. For packed rows the
 documents' mask is given as a matrix of T x T numbers a row, and no block of it is skipped, which is twice the time of
-unpacked rows and a third of the sliced implementation's. Gradients of queries are added up in any order, unless XLA is
-told to leave out what does not repeat (xla_gpu_exclude_nondeterministic_ops).
+unpacked rows and a third of the sliced implementation's. Gradients of queries are added up in any order.
 Limits: float16 and bfloat16, head widths that are multiples of 8 up to 128 (256 on Hopper and newer), compute
 capability 8.0 and newer, masks up to 512 MiB, no soft-cap.
 """

@@ -18,6 +18,7 @@ from jaxtune.devices import sheet
 from jaxtune.host_embedding import HostEmbedding
 from jaxtune.linear import Adaptation
 from jaxtune.lora import init_lora
+from jaxtune.models import attention as attention_of_layers
 from jaxtune.optim import adamw_8bit
 from jaxtune.preflight import in_any_order
 from jaxtune.step import (
@@ -117,6 +118,20 @@ def test_dropout_repeats_with_its_key_and_survives_remat() -> None:
     assert_trees_close(gradient_again, gradient, 1e-6)
     assert float(loss_and_gradient(config, batch, key=jax.random.key(6))[0]) != float(loss)
     assert float(loss_and_gradient(config, batch)[0]) == float(loss_and_gradient(STEP, batch)[0])
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_attention_is_asked_for_a_fixed_order(deterministic: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, real = [], attention_of_layers.attention
+
+    def attention(*inputs: jax.Array, **form: object) -> jax.Array:
+        asked.append(form["deterministic"])
+        return real(*inputs, **form)
+
+    monkeypatch.setattr(attention_of_layers, "attention", attention)
+    config = dataclasses.replace(STEP, deterministic=deterministic)
+    loss_and_gradient(config, accumulated(packed_batch(DECODER, random_documents(DECODER, [5]), rows=1, length=8)))
+    assert set(asked) == {deterministic}
 
 
 def test_what_does_not_repeat_on_a_gpu_is_left_out_where_the_run_says_so() -> None:

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from pallas_kernels import StackLayer
-from pallas_kernels._device import lower_for_cuda
+from pallas_kernels._device import assume_capability, lower_for_cuda
+from pallas_kernels._dispatch import record_choices
 from pallas_kernels._triton import interpreted
 from pallas_kernels.attention import attention, cached_attention
 from pallas_kernels.attention import xla as attention_xla_module
@@ -154,6 +155,15 @@ def test_a_named_implementation_never_falls_back() -> None:
         attention(q, k, v, implementation="cudnn")
     with pytest.raises(ValueError, match="unknown implementation 'flash'"):
         attention(q, k, v, implementation="flash")
+
+
+def test_what_adds_up_in_any_order_can_be_left_out() -> None:
+    q = jnp.zeros((1, 64, 4, 64), jnp.bfloat16)
+    with assume_capability(8.0), record_choices(trace_as="xla") as choices:
+        for deterministic in (False, True):
+            jax.eval_shape(lambda q, d=deterministic: attention(q, q, q, deterministic=d), q)
+    assert [choice.implementation for choice in choices] == ["cudnn", "triton"]
+    assert ("cudnn", "its backward pass adds up gradients in any order") in choices[1].refused
 
 
 def test_shapes_that_do_not_fit_are_refused() -> None:
