@@ -14,8 +14,10 @@ from jaxtune.parts import ROW_PARALLEL, Parts
 from pallas_kernels.glu_linear import glu_linear
 from pallas_kernels.lora_linear import Projection, grouped_lora_linear
 from pallas_kernels.norm_linear import norm_linear
+from pallas_kernels.sliced_mlp import most_slices, sliced_mlp
 
 Tree = Mapping[str, Any]
+_MLP = ("gate_proj", "up_proj", "down_proj")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +47,7 @@ class Linears:
     base: {name: {"kernel": [N, K] or NF4Tensor, "bias": [N] if any}}. adapter: {name: {"lora_A": [R, K], "lora_B":
     [N, R]}} of the adapted ones. dropout_key: of this sub-block in this step; None switches dropout off (evaluation).
     parts: how the layers are cut over several devices; None on one. fp8: which of them are computed in 8 bits; None for
-    none.
+    none. again: they are computed again in the backward pass.
     """
 
     base: Tree
@@ -54,6 +56,7 @@ class Linears:
     dropout_key: Array | None
     parts: Parts | None = None
     fp8: Fp8 | None = None
+    again: bool = False
 
     def after_norm(
         self,
@@ -79,8 +82,45 @@ class Linears:
     def after_glu(self, name: str, gate_up: Float[Array, "*M F2"], activation: str) -> Float[Array, "*M N"]:
         """The named layer on the gated unit; see `glu_linear`."""
         options = self._adapters_act(name, (*gate_up.shape[:-1], gate_up.shape[-1] // 2))
-        y = glu_linear(gate_up, self._projection(name), activation=activation, name=name, **options)
+        y = glu_linear(
+            gate_up,
+            self._projection(name),
+            activation=activation,
+            name=name,
+            keep_low_rank=not self.again,
+            **options,
+        )
         return y if self.parts is None else self.parts.left(y)
+
+    def slices(self, x: Array, wanted: int) -> int:
+        """In how many slices of its width, at most `wanted`, `in_slices` takes this MLP here; 0 where it cannot."""
+        drops = self.dropout_key is not None and self.adaptation.dropout_rate > 0
+        if self.parts is not None or self.fp8 is not None or drops:
+            return 0
+        gate, up, down = (self._projection(name) for name in _MLP)
+        return most_slices(x, gate, up, down, wanted)
+
+    def in_slices(
+        self,
+        x: Float[Array, "*M D"],
+        norm: Tree,
+        activation: str,
+        *,
+        slices: int,
+        eps: float,
+        unit_offset: bool = False,
+    ) -> tuple[Float[Array, "*M D"], Float[Array, "*M D"]]:
+        """The whole MLP on the normalised x, and x; see `sliced_mlp`."""
+        return sliced_mlp(
+            x,
+            norm["scale"],
+            *(self._projection(name) for name in _MLP),
+            slices=slices,
+            activation=activation,
+            eps=eps,
+            unit_offset=unit_offset,
+            scaling=self.adaptation.scaling,
+        )
 
     def apply(self, name: str, x: Float[Array, "*M K"]) -> Float[Array, "*M N"]:
         """The named layer on x; over several devices along the tensor axis, one whose input is cut."""

@@ -23,7 +23,7 @@ from jaxtune.models.context import Execution, Wrap
 from jaxtune.models.decoder import Tree, head_weight, hidden_states
 from jaxtune.optim import updated
 from jaxtune.parts import AXES, Parts
-from jaxtune.remat import MLP_CHUNK, OFFLOADED, remat_wrapper
+from jaxtune.remat import MLP_CHUNK, NARROW_GRADIENTS, OFFLOADED, kept_inputs, remat_wrapper
 from pallas_kernels.cross_entropy import linear_cross_entropy
 
 Batch = Mapping[str, Array]
@@ -114,26 +114,28 @@ def batch_loss(
     dropout_key: Array | None,
     *,
     wrap: Wrap | None = None,
+    trained: Tree | None = None,
 ) -> Array:
     """Sum over the batch's learnt tokens of their negative log likelihood, float32.
 
     batch: tokens, targets, positions, segment_ids (int32 [B, T]) and loss_weights (float32 [B, T]); and embedded
     [B, T, D], the tokens' rows of the embedding table, where `frozen` has none. wrap: put around each layer instead of
-    what the policy has there.
+    what the policy has there. trained: see `hidden_states`.
     """
     memory_kinds = {memory.kind for memory in jax.local_devices()[0].addressable_memories()}
-    remat = remat_wrapper(config.remat, memory_kinds, unrolled=config.unroll)
+    keeps = kept_inputs(config.remat, memory_kinds)
     decoder, vocabulary = config.decoder, None
     if config.parts is not None:
         decoder, vocabulary = config.parts.decoder(decoder), config.parts.vocabulary
         frozen = config.parts.local(frozen)
     execution = Execution(
-        remat if wrap is None else wrap,
+        remat_wrapper(config.remat, unrolled=config.unroll) if wrap is None else wrap,
         config.unroll,
         MLP_CHUNK.get(config.remat),
         config.parts,
         config.fp8,
         config.deterministic,
+        keeps if wrap is None else None,
     )
     hidden, _ = hidden_states(
         frozen,
@@ -147,6 +149,7 @@ def batch_loss(
         execution=execution,
         dropout_key=dropout_key,
         embedded=batch.get("embedded"),
+        trained=trained,
     )
     return linear_cross_entropy(
         hidden,
@@ -173,27 +176,46 @@ def accumulate(
         scale: the loss is multiplied by it before differentiation and the gradient divided after.
 
     Returns:
-        The loss, float32, and the gradient tree in float32.
+        The loss, float32, and the gradient tree in float32; in bfloat16 where the policy says so (`NARROW_GRADIENTS`)
+        and there is one micro-batch.
     """
+    learnt = jnp.sum(batch["loss_weights"])
+    # On one device the number of tokens is known before, so that a gradient is rounded once.
+    narrow = config.remat in NARROW_GRADIENTS and config.parts is None and config.dtype != jnp.float16
+    factor = scale / jnp.maximum(learnt, 1e-8) if narrow else scale
 
     def one(micro: Batch, index: Array) -> tuple[Array, Any]:
         micro_key = None if key is None else jax.random.fold_in(key, index)
-        loss, gradient = jax.value_and_grad(lambda lora: scale * batch_loss(lora, frozen, micro, config, micro_key))(
-            lora
-        )
-        return loss, jax.tree.map(lambda g: g.astype(jnp.float32), gradient)
+
+        def loss(trained: Tree) -> Array:
+            if not narrow:
+                return factor * batch_loss(trained, frozen, micro, config, micro_key)
+            return factor * batch_loss(lora, frozen, micro, config, micro_key, trained=trained)
+
+        narrowed = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.bfloat16), lora)
+        return jax.value_and_grad(loss)(narrowed if narrow else lora)
 
     micros = (dict(batch), jnp.arange(batch["tokens"].shape[0]))
     if batch["tokens"].shape[0] == 1:
         total, gradient = one(*jax.tree.map(lambda x: x[0], micros))
+        gradient = gradient if narrow else _float32(gradient)
     else:
         zeros = (jnp.float32(0), jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), lora))
-        (total, gradient), _ = lax.scan(lambda sums, xs: (jax.tree.map(jnp.add, sums, one(*xs)), None), zeros, micros)
-    learnt = jnp.sum(batch["loss_weights"])
+
+        def add(sums: tuple[Array, Any], xs: tuple[Batch, Array]) -> tuple[tuple[Array, Any], None]:
+            return jax.tree.map(jnp.add, sums, _float32(one(*xs))), None
+
+        (total, gradient), _ = lax.scan(add, zeros, micros)
+    if narrow:
+        return total, gradient
     if config.parts is not None:
         (total, learnt), gradient = config.parts.summed((total, learnt), gradient)
     weight = jnp.maximum(learnt, 1e-8) * scale
     return total / weight, jax.tree.map(lambda g: g / weight, gradient)
+
+
+def _float32(tree: Any) -> Any:
+    return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
 
 
 def train_step(
@@ -210,7 +232,7 @@ def train_step(
         key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
     scale = 1.0 if state.loss_scale is None else state.loss_scale.scale
     loss, gradient = accumulate(state.lora, frozen, batch, config, key, scale)
-    norm = optax.tree.norm(gradient) if config.parts is None else config.parts.norm(gradient)
+    norm = optax.tree.norm(_float32(gradient)) if config.parts is None else config.parts.norm(gradient)
     metrics = {"loss": loss, "grad_norm": norm}
     opt_state = state.opt_state
     if config.paged:

@@ -27,6 +27,7 @@ class Context:
     parts: how the model is cut over the devices of a mesh; None on one device.
     fp8: which linears are computed in 8 bits; None for none.
     deterministic: as of `Execution`.
+    again: layers are computed again in the backward pass, from their inputs alone.
     """
 
     cos: Array
@@ -40,6 +41,7 @@ class Context:
     parts: Parts | None = None
     fp8: Fp8 | None = None
     deterministic: bool = False
+    again: bool = False
 
 
 Cache: TypeAlias = dict[str, Array]
@@ -57,6 +59,8 @@ class Execution:
     parts: inside of a `shard_map`, how the trees are cut over its devices; arguments and results are this device's.
     fp8: which linears are computed in 8 bits; None for none.
     deterministic: without kernels whose sums have no fixed order.
+    keeps: where the layers' inputs are kept, "device" or "host", if nothing else is (see from_inputs.py); in place of
+        `remat`.
     """
 
     remat: Wrap | None = None
@@ -65,6 +69,7 @@ class Execution:
     parts: Parts | None = None
     fp8: Fp8 | None = None
     deterministic: bool = False
+    keeps: str | None = None
 
 
 PLAIN = Execution()

@@ -3,6 +3,7 @@ here."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -18,6 +19,7 @@ from jaxtune.linear import Adaptation, Fp8, Linears, split_key
 from jaxtune.models.attention import self_attention
 from jaxtune.models.config import DecoderConfig
 from jaxtune.models.context import PLAIN, Cache, Context, Execution, Past
+from jaxtune.models.from_inputs import Loops, from_inputs
 from jaxtune.models.norm import norm
 from jaxtune.models.rope import document_lengths
 from jaxtune.parts import Parts
@@ -106,49 +108,66 @@ def block(
     mlp = partial(_mlp, base=base, adapter=adapter.get("mlp", {}), context=context, config=config)
     if context.mlp_chunk is None or x.shape[0] * x.shape[1] <= context.mlp_chunk:
         return mlp(x, attended, split_key(key, 1)), cache
-    return _in_chunks(mlp, x, attended, split_key(key, 1), context.mlp_chunk), cache
+    # Added before they are cut, which a product does while it writes: one array less in the loop and in its gradient.
+    x, chunk = x + attended, context.mlp_chunk
+    linears = Linears(base["mlp"], adapter.get("mlp", {}), context.adaptation, key, context.parts, context.fp8)
+    if slices := linears.slices(x, math.ceil(x.shape[0] * x.shape[1] / chunk)):
+        mlp, chunk = partial(mlp, slices=slices), chunk * slices
+    return _in_chunks(mlp, x, split_key(key, 1), chunk, of_rows=context.parts is not None), cache
 
 
 def _mlp(
     x: Float[Array, "B T D"],
-    attended: Float[Array, "B T D"],
+    attended: Float[Array, "B T D"] | None,
     key: Array | None,
     *,
     base: Tree,
     adapter: Tree,
     context: Context,
     config: DecoderConfig,
+    slices: int | None = None,
 ) -> Float[Array, "B T D"]:
-    """The residual stream with attention's output and then the MLP's added to it; every token for itself."""
-    mlp = Linears(base["mlp"], adapter, context.adaptation, key, context.parts, context.fp8)
-    gate_up, x = mlp.after_norm(
-        ("gate_proj", "up_proj"), x, base["post_attention_layernorm"], attended, **_norm_form(config), name="gate_up"
-    )
-    out = mlp.after_glu("down_proj", gate_up, config.activation)
+    """The residual stream with attention's output, if it is not in there, and then the MLP's added to it; every token
+    for itself. slices: of the MLP's width, one at a time."""
+    mlp = Linears(base["mlp"], adapter, context.adaptation, key, context.parts, context.fp8, context.again)
+    if slices is not None:
+        out, x = mlp.in_slices(
+            x, base["post_attention_layernorm"], config.activation, slices=slices, **_norm_form(config)
+        )
+    else:
+        gate_up, x = mlp.after_norm(
+            ("gate_proj", "up_proj"),
+            x,
+            base["post_attention_layernorm"],
+            attended,
+            **_norm_form(config),
+            name="gate_up",
+        )
+        out = mlp.after_glu("down_proj", gate_up, config.activation)
     if "mlp_output_norm" in base:
         out = norm(out, base["mlp_output_norm"], config)
     return x + out
 
 
-def _in_chunks(mlp: Callable[..., Array], x: Array, attended: Array, key: Array | None, chunk: int) -> Array:
+def _in_chunks(mlp: Callable[..., Array], x: Array, key: Array | None, chunk: int, *, of_rows: bool) -> Array:
     """`mlp` on at most `chunk` tokens at a time, each chunk recomputed in the backward pass.
 
-    A chunk has tokens of every row, so that rows may lie on several devices.
+    of_rows: a chunk has tokens of every row, so that rows may lie on several devices, for which each chunk is copied.
     """
-    rows, length, width = x.shape
+    rows, length, width = x.shape if of_rows else (1, x.shape[0] * x.shape[1], x.shape[2])
     count = math.ceil(length / max(1, chunk // rows))
+    if count == 1:
+        return mlp(x, None, key)
     size = math.ceil(length / count)
+    padded = jnp.pad(x.reshape(rows, length, width), ((0, 0), (0, count * size - length), (0, 0)))
+    chunks = padded.reshape(rows, count, size, width).swapaxes(0, 1)
 
-    def cut(of: Array) -> Array:
-        padded = jnp.pad(of, ((0, 0), (0, count * size - length), (0, 0)))
-        return padded.reshape(rows, count, size, width).swapaxes(0, 1)
+    def one(chunk: tuple[Array, Array]) -> Array:
+        index, stream = chunk
+        return mlp(stream, None, split_key(key, index))
 
-    def one(chunk: tuple[Array, Array, Array]) -> Array:
-        index, *streams = chunk
-        return mlp(*streams, split_key(key, index))
-
-    out = lax.map(jax.checkpoint(one, prevent_cse=False), (jnp.arange(count), cut(x), cut(attended)))
-    return out.swapaxes(0, 1).reshape(rows, -1, width)[:, :length]
+    out = lax.map(jax.checkpoint(one, prevent_cse=False), (jnp.arange(count), chunks))
+    return out.swapaxes(0, 1).reshape(rows, -1, width)[:, :length].reshape(x.shape)
 
 
 def _norm_form(config: DecoderConfig) -> dict[str, Any]:
@@ -169,6 +188,7 @@ def hidden_states(
     dropout_key: Array | None = None,
     embedded: Float[Array, "B T D"] | None = None,
     past: Past | None = None,
+    trained: Tree | None = None,
 ) -> tuple[Float[Array, "B T D"], Cache | None]:
     """Run all layers and the final norm.
 
@@ -180,6 +200,7 @@ def hidden_states(
         dropout_key: of this step; None switches dropout off.
         embedded: the tokens' rows of the embedding table, where `frozen` does not hold it.
         past: the cache of generation; None in training.
+        trained: what is differentiated in place of `lora` (see `from_inputs`), where `execution.keeps` is set.
 
     Returns:
         [B, T, D] ready for the head, and the cache with the new tokens.
@@ -193,20 +214,37 @@ def hidden_states(
     # A step of generation is as long as its launches: what is small is read where it lies.
     one_token = past is not None and tokens.size == 1
 
+    shared = frozen["layers"], [(c.cos, c.sin) for c in contexts.values()], segment_ids, dropout_key
+
     # The cache is carried: as an input and output of the loop it would exist twice. Weights are picked from their stack
     # inside of what is recomputed: what waits for the backward pass is the stack, and no layer's copy.
-    def layer(carry: Carry, inputs: tuple[Any, Array], kind: Kind) -> tuple[Carry, None]:
-        (x, cache), (adapter, index) = carry, inputs
-        base = jax.tree.map(partial(_pick, index=index), frozen["layers"], is_leaf=_is_packed)
+    def layer(shared: Any, x: Array, cache: Cache | None, adapter: Any, index: Array, kind: Kind) -> Carry:
+        stack, angles, segment_ids, dropout_key = shared
+        cos, sin = angles[list(contexts).index(kind)]
+        context = dataclasses.replace(contexts[kind], cos=cos, sin=sin, segment_ids=segment_ids)
+        base = jax.tree.map(partial(_pick, index=index), stack, is_leaf=_is_packed)
         if one_token:
             adapter = jax.tree.map(lambda stack: StackLayer(stack, index), lora.get("layers", {}))
-            base |= {name: {"scale": StackLayer(frozen["layers"][name]["scale"], index)} for name in _BEFORE_LINEARS}
+            base |= {name: {"scale": StackLayer(stack[name]["scale"], index)} for name in _BEFORE_LINEARS}
         if parts is not None:
             base, adapter = parts.layer(base, adapter)
         key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
-        return block(x, base, adapter, contexts[kind], config, key, cache, index), None
+        return block(x, base, adapter, context, config, key, cache, index)
 
-    wrapped = {kind: (execution.remat or _keep_all_but_weights)(partial(layer, kind=kind)) for kind in contexts}
+    adapters, loops = lora.get("layers", {}), _loops(kinds, len(config.windows))
+    if execution.keeps is not None:
+
+        def without_cache(shared: Any, x: Array, adapter: Any, index: Array, kind: Kind) -> Array:
+            return layer(shared, x, None, adapter, index, kind)[0]
+
+        plan = Loops(without_cache, loops, kinds, execution.keeps == "host", execution.unroll)
+        x = from_inputs(plan, x, adapters, None if trained is None else trained.get("layers", {}), shared)
+        return norm(x, frozen["norm"], config), None
+
+    def scanned(carry: Carry, inputs: tuple[Any, Array], kind: Kind) -> tuple[Carry, None]:
+        return layer(shared, *carry, *inputs, kind), None
+
+    wrapped = {kind: (execution.remat or _keep_all_but_weights)(partial(scanned, kind=kind)) for kind in contexts}
 
     def pattern(carry: Carry, inputs: Sequence[tuple[Any, Array]], kinds: Sequence[Kind]) -> tuple[Carry, None]:
         for kind, of_layer in zip(kinds, inputs, strict=True):
@@ -214,8 +252,8 @@ def hidden_states(
         return carry, None
 
     carry: Carry = x, None if past is None else past.cache
-    layers = {} if one_token else lora.get("layers", {}), jnp.arange(config.num_layers)
-    for start, stop, period in _loops(kinds, len(config.windows)):
+    layers = {} if one_token else adapters, jnp.arange(config.num_layers)
+    for start, stop, period in loops:
         cuts = [slice(first, stop, period) for first in range(start, start + period)]
         patterns = [jax.tree.map(lambda leaf, cut=cut: leaf[cut], layers) for cut in cuts]
         in_order = partial(pattern, kinds=kinds[start : start + period])
@@ -259,6 +297,7 @@ def _contexts(
             parts,
             fp8,
             execution.deterministic,
+            execution.keeps is not None,
         )
     return contexts
 

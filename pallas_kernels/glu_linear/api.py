@@ -23,8 +23,6 @@ from pallas_kernels.lora_linear.projection import (
     on_their_own,
 )
 
-_BLOCKS = {"fp8": glu_linear_fp8, "triton": glu_linear_triton}
-
 
 def glu_linear(
     gate_up: Float[Array, "*M F2"],
@@ -35,6 +33,7 @@ def glu_linear(
     dropout_rate: float = 0.0,
     dropout_key: Key[Array, ""] | None = None,
     name: str | None = None,
+    keep_low_rank: bool = True,
     implementation: str | None = None,
 ) -> Float[Array, "*M N"]:
     """lora_linear(activation(gate) * up), differentiable in gate_up and the adapter.
@@ -44,6 +43,8 @@ def glu_linear(
         projection: the layer [N, F] behind.
         activation: as in `glu`. scaling, dropout_rate, dropout_key: as in `lora_linear`.
         name: `checkpoint_name` of the result.
+        keep_low_rank: for the backward pass; without it, that makes the product again, which is the better way where
+            the layer is computed again in it anyway. Through Triton; elsewhere it changes nothing.
         implementation: "fp8" (which a layer marked so takes), "few_rows", "triton", "xla", or None to choose.
 
     Returns:
@@ -70,9 +71,10 @@ def glu_linear(
         return few_rows.row_product(h, group, low).reshape(*gate_up.shape[:-1], -1)
     projection = on_their_own(group)[0]
     group = (projection,)
-    if chosen in _BLOCKS:
+    if chosen in ("fp8", "triton"):
         rows = gate_up.reshape(-1, width)
-        y = _BLOCKS[chosen](rows, projection, dropout_key, activation, scaling, dropout_rate, name)
+        arguments = rows, projection, dropout_key, activation, scaling, dropout_rate, name
+        y = glu_linear_triton(*arguments, keep_low_rank) if chosen == "triton" else glu_linear_fp8(*arguments)
         return y.reshape(*gate_up.shape[:-1], -1)
     gate, up = jnp.split(gate_up, 2, axis=-1)
     y = grouped_lora_linear(

@@ -174,7 +174,8 @@ def tied(group: Group, x: Array) -> tuple[list[Any], Array]:
     # the index alone is tied: the stack itself might be copied.
     weights = [p.weight for p in group]
     ties, x = lax.optimization_barrier(([w.index if isinstance(w, NF4Layer) else w for w in weights], x))
-    return [NF4Layer(w.stack, t) if isinstance(w, NF4Layer) else t for w, t in zip(weights, ties, strict=True)], x
+    pairs = zip(weights, ties, strict=True)
+    return [dataclasses.replace(w, index=t) if isinstance(w, NF4Layer) else t for w, t in pairs], x
 
 
 def dot(x: Array, w: Array, w_axis: int) -> Array:

@@ -52,15 +52,14 @@ def _product(extended: Array, group: Group, tail: int) -> Array:
     return with_bias(dot(extended, w, 1), group)
 
 
-def narrow_backward(dy: Array, t: Array, group: Group, scaling: float) -> tuple[Array, Array, Array]:
-    """dX [M, K] of one layer without dropout, the low-rank gradient [M, tail], and that of lora_b [N, tail].
+def narrow_backward(dy: Array, a: Array, group: Group) -> tuple[Array, Array]:
+    """dX [M, K] of one layer without dropout, and the low-rank gradient [M, tail]; a: `stacked_a`.
 
     One product `[dY, dY B] [W; s A]`, which pays where dY is not wider than x.
     """
-    tail = tail_width(group, extended=True)
-    dt = dot(dy, block_b(group, tail, dy.dtype), 0)
-    w, extended = extended_rows(group[0], stacked_a(group, tail, scaling, dy.dtype), jnp.concatenate([dy, dt], axis=1))
-    return dot(extended, w, 0), dt, outer_transposed(t, dy)
+    dt = dot(dy, block_b(group, a.shape[0], dy.dtype), 0)
+    w, extended = extended_rows(group[0], a, jnp.concatenate([dy, dt], axis=1))
+    return dot(extended, w, 0), dt
 
 
 def _fwd(
@@ -75,13 +74,13 @@ def _fwd(
 def _bwd(scaling: float, dropout_rate: float, residuals: tuple[Any, ...], dy: Array) -> tuple[Any, ...]:
     x, t, group, dropout_key = residuals
     tail = tail_width(group, extended=True)
+    a = stacked_a(group, tail, scaling, x.dtype)
     if len(group) == 1 and (dropout_rate == 0.0 or dropout_key is None) and dy.shape[1] <= x.shape[1]:
-        dx, dt, d_b = narrow_backward(dy, t, group, scaling)
-        return dx, split_gradients(group, scaling * outer(dt, x), d_b), None
+        dx, dt = narrow_backward(dy, a, group)
+        return dx, split_gradients(group, scaling * outer(dt, x), outer_transposed(t, dy)), None
     w, dy = extended_columns(group, tail, dy)
     dx_dt = dot(dy, w, 0)
     dx, dt = dx_dt[:, :-tail], dx_dt[:, -tail:]
-    a = stacked_a(group, tail, scaling, x.dtype)
     through_adapter, d_a = low_rank_backward(dt, x, a, group, dropout_key, dropout_rate)
     return dx + through_adapter, split_gradients(group, scaling * d_a, outer_transposed(t, dy)), None
 

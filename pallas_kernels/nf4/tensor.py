@@ -66,18 +66,28 @@ class NF4Tensor:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class NF4Layer:
-    """One weight of a stack, without a copy of it: kernels read the stack at `index`, an int32 scalar."""
+    """One weight of a stack, or a part of it, without a copy: kernels read the stack at `index`, an int32 scalar.
+
+    part: (first row, rows, first column, columns), whole blocks of columns; None for all of the weight.
+    """
 
     stack: NF4Tensor
     index: Any
+    part: tuple[int, int, int, int] | None = dataclasses.field(default=None, metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, int]:
         """(out, in)."""
-        return self.stack.shape
+        return self.stack.shape if self.part is None else (self.part[1], self.part[3])
+
+    @property
+    def place(self) -> tuple[int, int, int, int]:
+        """`part`, or that of all of the weight."""
+        return (0, self.stack.shape[0], 0, self.stack.shape[1]) if self.part is None else self.part
 
     def picked(self) -> NF4Tensor:
-        """The weight on its own. XLA fuses the choice into the decoding; before a kernel it is a copy."""
+        """The whole weight on its own. XLA fuses the choice into the decoding; before a kernel it is a copy."""
+        assert self.part is None, "the bytes of a part do not follow each other"
         return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, self.index, keepdims=False), self.stack)
 
 
@@ -87,8 +97,9 @@ def as_layer(weight: NF4Tensor | NF4Layer) -> NF4Layer:
     Of stacks of 2 to 4 GiB of codes, as of a 70B model's square linears, one weight is copied out and read there:
     Pallas addresses arrays of up to 4 GiB with offsets of 32 bits, which Triton takes as signed.
     """
+    part = None
     if isinstance(weight, NF4Layer):
         if not 2**31 < weight.stack.codes.size <= 2**32:
             return weight
-        weight = weight.picked()
-    return NF4Layer(jax.tree.map(lambda leaf: leaf[None], weight), np.int32(0))
+        part, weight = weight.part, dataclasses.replace(weight, part=None).picked()
+    return NF4Layer(jax.tree.map(lambda leaf: leaf[None], weight), np.int32(0), part)

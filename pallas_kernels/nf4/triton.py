@@ -29,6 +29,9 @@ _TILE, _WARPS = 4096, 4
 def unsupported_reason(t: NF4Tensor | NF4Layer) -> str | None:
     """Why t cannot be decoded by this kernel on this device, or None."""
     if isinstance(t, NF4Layer):
+        first, columns = t.place[2:]
+        if first % t.stack.block_size or columns % t.stack.block_size:
+            return f"columns {first} to {first + columns} are not whole blocks of {t.stack.block_size}"
         t = t.stack
     elif t.stack_shape:
         return f"it decodes one weight, and this is a stack {t.stack_shape}"
@@ -50,33 +53,35 @@ def decode_into(
     Args:
         scratch: [rows, columns] in `dtype`, written in place where the compiler can; None for an array whose other
             elements are undefined.
-        t: one weight [n, k], on its own or in its stack, with first_row + n <= rows and k <= columns.
+        t: one weight [n, k], on its own or in its stack, or a part of one, with first_row + n <= rows and k <= columns.
     """
     t = as_layer(t)
-    stack, (n, k) = t.stack, t.shape
-    block = stack.block_size
-    half, per_row = block // 2, k // block
-    per_tile = _power_of_two_divisor(n * per_row, max(_TILE // block, 1))
+    stack, (n, k), block = t.stack, t.stack.shape, t.stack.block_size
+    top, height, left, width = t.place
+    half, per_row = block // 2, width // block
+    per_tile = _power_of_two_divisor(height * per_row, max(_TILE // block, 1))
 
     def kernel(index_ref: Any, codes_ref: Any, absmax_ref: Any, table_ref: Any, *rest: Any) -> None:
         layer, out_ref = index_ref[0], rest[-1]
         blocks = pl.program_id(0) * per_tile + lax.iota(jnp.int32, per_tile)
         row, column = blocks // per_row, blocks % per_row
+        source_row, source = top + row, left // block + column
 
-        def within(size: int) -> Array:
+        def within(column: Array, size: int) -> Array:
             """Columns of the blocks' parts of this size."""
             return column[:, None] * size + lax.broadcasted_iota(jnp.int32, (per_tile, size), 1)
 
         # Addressed as [blocks, elements]: reshaping a tile of rows would send it through shared memory three times.
-        codes = plt.load(codes_ref.at[layer, row[:, None], within(half)]).astype(jnp.int32)
-        scales = plt.load(absmax_ref.at[layer, row, column])
+        codes = plt.load(codes_ref.at[layer, source_row[:, None], within(source, half)]).astype(jnp.int32)
+        scales = plt.load(absmax_ref.at[layer, source_row, source])
         if stack.is_nested:
-            scales = decoded_scales(stack, layer, scales, blocks // stack.nested_block_size, rest)
+            of_weight = blocks if t.part is None else source_row * (k // block) + source
+            scales = decoded_scales(stack, layer, scales, of_weight // stack.nested_block_size, rest)
         high, low = (plt.load(table_ref.at[code]) * scales[:, None] for code in (codes >> 4, codes & 15))
         weights = jnp.stack([rounded(part, stack.dtype).astype(dtype) for part in (high, low)], axis=-1)
-        plt.store(out_ref.at[first_row + row[:, None], within(block)], weights.reshape(per_tile, block))
+        plt.store(out_ref.at[first_row + row[:, None], within(column, block)], weights.reshape(per_tile, block))
 
-    operands = [jnp.reshape(t.index, (1,)), stack.codes.reshape(-1, n, k // 2), stack.absmax.reshape(-1, n, per_row)]
+    operands = [jnp.reshape(t.index, (1,)), stack.codes.reshape(-1, n, k // 2), stack.absmax.reshape(-1, n, k // block)]
     operands += [jnp.asarray(NF4_TABLE)]
     if stack.is_nested:
         operands += [jnp.asarray(DYNAMIC_MAP), stack.nested_absmax, stack.nested_offset]
@@ -87,7 +92,7 @@ def decode_into(
     return triton_call(
         kernel,
         out_shape=jax.ShapeDtypeStruct((rows, columns), dtype),
-        grid=(n * per_row // per_tile,),
+        grid=(height * per_row // per_tile,),
         in_specs=[WHOLE] * len(operands),
         out_specs=WHOLE,
         input_output_aliases=aliases,

@@ -167,7 +167,13 @@ def test_mlps_in_chunks_change_nothing_but_memory(rate: float, monkeypatch: pyte
     loss, gradient = loss_and_gradient(config, batch, key=key)
     chunked_loss, chunked_gradient = loss_and_gradient(dataclasses.replace(config, remat="lean"), batch, key=key)
     np.testing.assert_allclose(chunked_loss, loss, rtol=5e-7)
-    assert_trees_close(chunked_gradient, gradient, 1e-6)
+    # Rounded once, to 8 bits.
+    assert {leaf.dtype for leaf in jax.tree.leaves(chunked_gradient)} == {jnp.dtype(jnp.bfloat16)}
+    jax.tree.map(
+        lambda a, e: np.testing.assert_allclose(np.asarray(a, np.float32), e, rtol=2**-8, atol=1e-6 * np.abs(e).max()),
+        chunked_gradient,
+        gradient,
+    )
 
 
 def test_lean_holds_a_chunk_of_an_mlp(monkeypatch: pytest.MonkeyPatch) -> None:
