@@ -18,7 +18,7 @@ from jaxtune.config import RunConfig
 from jaxtune.devices import Device
 from jaxtune.loading import resolve_dtype
 from jaxtune.models.config import DecoderConfig
-from jaxtune.remat import MLP_CHUNK, OFFLOADED, POLICIES, UNROLLED
+from jaxtune.remat import MLP_CHUNK, NARROW_GRADIENTS, OFFLOADED, POLICIES, UNROLLED
 from jaxtune.structure import frozen_structure, state_structure, tree_bytes
 from pallas_kernels.cross_entropy import chunk_tokens
 
@@ -50,7 +50,7 @@ _KEPT_FUSED = _KEPT | {
 }
 _FUSED_CAPABILITY = 8.0
 # What exists at once while one layer is differentiated: where it is computed again first, and where all was kept.
-_LAYER_RECOMPUTED = Widths(mlp=6.0, model=8.8, queries=1.0, keys=2.4)
+_LAYER_RECOMPUTED = Widths(mlp=3.0, model=8.8, queries=1.0, keys=2.4)
 _LAYER_SELECTIVE = Widths(mlp=2.0, model=0.0, queries=0.0, keys=0.0)
 _LAYER_KEPT = Widths(mlp=2.6, model=0.0, queries=0.0, keys=0.0)
 _LAYER_KEPT_FUSED = Widths(mlp=1.0, model=0.0, queries=0.0, keys=0.0)
@@ -196,6 +196,8 @@ def estimate_memory(config: RunConfig, model: Model, device: Device, dtype: str,
     # In the adapter's dtype; their sums over micro-batches, and what the optimizer takes, are float32. Unrolled layers
     # are fullest before the first of them is differentiated.
     gradients = model.adapters // (decoder.num_layers if unrolled and fused else 1)
+    if policy in NARROW_GRADIENTS and config.mesh.devices == 1 and dtype != "fp16":
+        gradients = min(gradients, 2 * model.trainable)
     sums = 4 * model.trainable if config.train.gradient_accumulation_steps > 1 else 0
     moments = {"none": _LAYER_KEPT_FUSED if fused else _LAYER_KEPT, "selective": _LAYER_SELECTIVE}
     in_mlp = min(tokens, MLP_CHUNK.get(policy, tokens))
