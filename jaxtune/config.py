@@ -118,7 +118,7 @@ class TrainConfig:
     adam_epsilon: added to the root of the second moment.
     max_grad_norm: global-norm clipping; None for no clipping.
     remat: what the backward pass recomputes, from fast to lean: none, selective (the products of gate and up), full
-        (all of a layer), offload (full, layer inputs in host memory), lean (offload, MLPs in chunks of tokens); or
+        (all of a layer), offload (full, layer inputs in host memory), lean (offload, MLPs in slices); or
         auto, the fastest that fits memory_limit or the device.
     compute: what the frozen linears' products are rounded to in training: dtype (model.dtype); fp8, e4m3 with a scale a
         row, forward and backward; or fp8_backward, the gradients alone. For GPUs of compute capability 8.9 and newer
