@@ -50,7 +50,7 @@ _KEPT_FUSED = _KEPT | {
 }
 _FUSED_CAPABILITY = 8.0
 # What exists at once while one layer is differentiated: where it is computed again first, and where all was kept.
-_LAYER_RECOMPUTED = Widths(mlp=3.0, model=8.8, queries=1.0, keys=2.4)
+_LAYER_RECOMPUTED = Widths(mlp=3.0, model=7.0, queries=1.0, keys=2.4)
 _LAYER_SELECTIVE = Widths(mlp=2.0, model=0.0, queries=0.0, keys=0.0)
 _LAYER_KEPT = Widths(mlp=2.6, model=0.0, queries=0.0, keys=0.0)
 _LAYER_KEPT_FUSED = Widths(mlp=1.0, model=0.0, queries=0.0, keys=0.0)

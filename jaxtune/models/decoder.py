@@ -28,6 +28,8 @@ from pallas_kernels.cross_entropy import Head, head_logits
 from pallas_kernels.nf4 import NF4Layer, NF4Tensor
 
 Tree = Mapping[str, Any]
+# Each slice of an MLP is a piece of program of its own; of more tokens than they serve, some are taken at a time.
+_MOST_SLICES = 8
 # The norms that `norm_linear` takes in.
 _BEFORE_LINEARS = "input_layernorm", "post_attention_layernorm"
 Carry = tuple[Array, Cache | None]
@@ -111,7 +113,7 @@ def block(
     # Added before they are cut, which a product does while it writes: one array less in the loop and in its gradient.
     x, chunk = x + attended, context.mlp_chunk
     linears = Linears(base["mlp"], adapter.get("mlp", {}), context.adaptation, key, context.parts, context.fp8)
-    if slices := linears.slices(x, math.ceil(x.shape[0] * x.shape[1] / chunk)):
+    if slices := linears.slices(x, min(_MOST_SLICES, math.ceil(x.shape[0] * x.shape[1] / chunk))):
         mlp, chunk = partial(mlp, slices=slices), chunk * slices
     return _in_chunks(mlp, x, split_key(key, 1), chunk, of_rows=context.parts is not None), cache
 
