@@ -140,8 +140,8 @@ COMPILED = [
     ("8b", "lean", run_config(), 7.34),
     ("8b", "lean", run_config(1, 8192), 7.34),
     ("8b", "lean", run_config(model={"embedding_on_host": True}, train={"optim": "paged_adamw_8bit"}), 6.06),
-    ("8b", "lean", run_config(1, 65536), 12.48),
-    ("8b", "lean", run_config(1, 200704, lora={"r": 32}), 23.19),
+    ("8b", "lean", run_config(1, 65536), 10.92),
+    ("8b", "lean", run_config(1, 200704, lora={"r": 32}), 19.92),
     ("1b", "none", run_config(lora={"lora_dropout": 0.05}), 15.52),
 ]
 

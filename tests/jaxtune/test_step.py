@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ import optax
 import pytest
 from tiny import accumulated, decoder_config, frozen_tree, lora_tree, packed_batch, random_documents
 
+import jaxtune.linear
 import jaxtune.step
 from jaxtune.config import DataConfig, LoraConfig, ModelConfig, OutputConfig, RunConfig, TrainConfig
 from jaxtune.config_io import fingerprint
@@ -34,6 +36,8 @@ from jaxtune.step import (
     state_sharding,
 )
 from jaxtune.structure import step_settings
+from pallas_kernels._triton import interpreted
+from pallas_kernels.sliced_mlp import sliced_mlp
 
 DECODER = decoder_config()
 LORA = LoraConfig(r=4, lora_alpha=8)
@@ -50,6 +54,16 @@ def assert_trees_close(actual: dict, expected: dict, relative: float) -> None:
     """Each leaf within `relative` of the expected leaf's largest element."""
     jax.tree.map(
         lambda a, e: np.testing.assert_allclose(a, e, rtol=0, atol=relative * np.abs(e).max()), actual, expected
+    )
+
+
+def assert_rounded_once(actual: dict, expected: dict) -> None:
+    """Each leaf is the expected one in bfloat16, which has 8 bits."""
+    assert {leaf.dtype for leaf in jax.tree.leaves(actual)} == {jnp.dtype(jnp.bfloat16)}
+    jax.tree.map(
+        lambda a, e: np.testing.assert_allclose(np.asarray(a, np.float32), e, rtol=2**-8, atol=1e-5 * np.abs(e).max()),
+        actual,
+        expected,
     )
 
 
@@ -167,13 +181,28 @@ def test_mlps_in_chunks_change_nothing_but_memory(rate: float, monkeypatch: pyte
     loss, gradient = loss_and_gradient(config, batch, key=key)
     chunked_loss, chunked_gradient = loss_and_gradient(dataclasses.replace(config, remat="lean"), batch, key=key)
     np.testing.assert_allclose(chunked_loss, loss, rtol=5e-7)
-    # Rounded once, to 8 bits.
-    assert {leaf.dtype for leaf in jax.tree.leaves(chunked_gradient)} == {jnp.dtype(jnp.bfloat16)}
-    jax.tree.map(
-        lambda a, e: np.testing.assert_allclose(np.asarray(a, np.float32), e, rtol=2**-8, atol=1e-6 * np.abs(e).max()),
-        chunked_gradient,
-        gradient,
-    )
+    assert_rounded_once(chunked_gradient, gradient)
+
+
+def test_lean_takes_slices_of_an_mlp_where_the_kernels_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = decoder_config(hidden_size=64, intermediate_size=128, head_dim=16, num_layers=2)
+    config = dataclasses.replace(STEP, decoder=decoder)
+    batch = accumulated(packed_batch(decoder, random_documents(decoder, [30, 20]), rows=1, length=50))
+    loss, gradient = loss_and_gradient(config, batch)
+    slices: list[int] = []
+
+    def counted(*arguments: Any, **named: Any) -> Any:
+        slices.append(named["slices"])
+        return sliced_mlp(*arguments, **named)
+
+    monkeypatch.setattr(jaxtune.linear, "sliced_mlp", counted)
+    monkeypatch.setattr(jaxtune.step, "MLP_CHUNK", {"lean": 25})
+    with interpreted():
+        sliced_loss, sliced_gradient = loss_and_gradient(dataclasses.replace(config, remat="lean"), batch)
+    # Of one layer forward and, computed again, backward.
+    assert slices == [2, 2]
+    np.testing.assert_allclose(sliced_loss, loss, rtol=1e-6)
+    assert_rounded_once(sliced_gradient, gradient)
 
 
 def test_lean_holds_a_chunk_of_an_mlp(monkeypatch: pytest.MonkeyPatch) -> None:
