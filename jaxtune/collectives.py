@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
+from jax.interpreters import partial_eval
 
 _OPS = {
     "all_gather": "all-gather",
@@ -48,7 +49,9 @@ def collectives(traced: Any, chunks: int = 1) -> list[Collective]:
     depends on how much is learnt.
     """
     found: dict[Collective, int] = {}
-    for each, times in _walk(traced.jaxpr.jaxpr, 1, chunks):
+    # Without what nothing needs, as XLA compiles it: of a layer that is computed again, the sum at its end.
+    jaxpr, _ = partial_eval.dce_jaxpr(traced.jaxpr.jaxpr, [True] * len(traced.jaxpr.jaxpr.outvars))
+    for each, times in _walk(jaxpr, 1, chunks):
         found[each] = found.get(each, 0) + times
     return [dataclasses.replace(each, times=times) for each, times in found.items()]
 

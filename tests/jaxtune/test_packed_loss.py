@@ -27,7 +27,10 @@ FULL = decoder_config()
 WINDOWS = decoder_config(num_layers=4, windows=(5, None), attention_cap=20.0)
 
 
-def by_definition(q: Array, k: Array, v: Array, *, segment_ids: Array, window: Any, cap: Any, scale: Any) -> Array:
+def by_definition(
+    q: Array, k: Array, v: Array, *, segment_ids: Array, window: Any, cap: Any, scale: Any, deterministic: bool
+) -> Array:
+    assert not deterministic
     index = jnp.arange(q.shape[1])
     mask = visible(index, index, segment_ids, segment_ids, window)
     return attention_reference(q, k, v, mask, q.shape[-1] ** -0.5 if scale is None else scale, cap)

@@ -75,8 +75,8 @@ COLLECTIVES = {
         "all-reduce float32 over tensor": LAYERS * (2 + 1 + 2) + 2 * 4 + 1,
     },
     "sequence=2": {
-        # The documents of whole rows, for angles and in each pass through attention.
-        "all-gather int32 over sequence": 2 + 2 * LAYERS,
+        # The documents of whole rows, in each pass through attention.
+        "all-gather int32 over sequence": 2 * LAYERS,
         "all-to-all float32 over sequence": 3 * 4 * LAYERS,
         "all-reduce float32 over sequence": 14 + 2,
     },
