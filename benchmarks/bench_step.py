@@ -172,16 +172,17 @@ def measure(name: str, profile: Path | None) -> Iterator[dict[str, Any]]:
     whole = dataclasses.replace(config.model, embedding_on_host=False)
     frozen = random_arrays(frozen_structure(hf_config, whole, dtype), seed=1)
     host_batch = random_batch(case, decoder.vocab_size)
+    batch = jax.device_put(host_batch, batch_sharding(mesh))
     if case.embedding_on_host:
         embedding = HostEmbedding(frozen)
-        frozen, host_batch = embedding.without_table, embedding.with_rows(host_batch)
+        frozen = embedding.without_table
+        batch["embedded"] = embedding.rows(host_batch["tokens"])
     # Moments start at zero, as a run's do: random ones may be such as no gradients leave behind.
     optimizer = make_optimizer(config.train, 1000)
     lora = random_arrays(state_structure(config, decoder, dtype).lora, seed=2)
     state = init_state(lora, optimizer, config.train.seed, dtype)
     del lora
     state = jax.device_put(state, state_sharding(mesh, paged=config.train.is_paged))
-    batch = jax.device_put(host_batch, batch_sharding(mesh))
     ready = time.perf_counter()
     with contextlib.nullcontext() if case.capability is None else assume_capability(case.capability):
         for policy in plan.candidates:

@@ -6,9 +6,9 @@
 Each case is `python -m jaxtune.train --config configs/llama3-8b-random.yaml` with overrides, in a process of its own,
 since JAX cannot reset its peak counter. Peers (`peers/qlora.py`) do all their cases in one process, loaded once, the
 peak reset before each. Milliseconds are medians over the steps after the third; the spread is the distance between the
-quartiles; the input's percent are the time in which the host gets the next batch and sends it, while the device
-computes. Peaks are the allocator's, ours with loading included; beside them stand what XLA plans for the compiled step
-and what the plan said before it was compiled. Seconds: `start` until the command has imported, `first` from its call to
+quartiles; the input's percent are the time that steps waited for their batch. Peaks are the allocator's, ours with
+loading included; beside them stand what XLA plans for the compiled step and what the plan said before it was compiled.
+Seconds: `start` until the command has imported, `first` from its call to
 the first step's end, `end` from the last step to the end of the process. A case that is named twice finds its programs
 in the compile cache the second time; rows `first_step` (compilation and step) and `load` are taken from such runs.
 """

@@ -7,7 +7,7 @@ Each run is what `python -m jaxtune.train` does, in a process of its own; --eval
 the same for all. Afterwards the loss on them is known, and --answers of them are answered greedily and compared with
 the records' own (ROUGE-L, exact match, in percent). The seed is that of the order of the data and of the adapter's
 start. The difference is taken seed by seed, and stands with the standard error of its mean. `input_percent` of a step
-is the time in which the host gets the next batch and sends it, while the device computes.
+is the time that it waited for its batch.
 """
 
 from __future__ import annotations

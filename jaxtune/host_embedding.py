@@ -1,7 +1,8 @@
 """An embedding table in host memory (`model.embedding_on_host`), of which the device gets the rows that it needs.
 
-In training they come with the batch, taken by the host while the step before is computed. In generation, where the
-device itself chooses the tokens, it reads them from the host's memory (`jaxtune.models.decoder.embed`).
+In training they wait in host memory beside the batch, taken from the table while the step before is computed, and the
+step fetches them. In generation, where the device itself chooses the tokens, it reads them from the table
+(`jaxtune.models.decoder.embed`).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import jax
 import ml_dtypes  # noqa: F401  numpy's bfloat16
 import numpy as np
 from jax.sharding import SingleDeviceSharding
+from jaxtyping import Float, Int
 
 # Where the table is in the tree.
 TABLE = ("embed_tokens", "embedding")
@@ -20,8 +22,11 @@ TABLE = ("embed_tokens", "embedding")
 
 def with_table_on_host(frozen: Mapping[str, Any]) -> dict[str, Any]:
     """A frozen tree with its table, which may be a NumPy array, in host memory that the first device can read."""
-    place = SingleDeviceSharding(jax.local_devices()[0], memory_kind="pinned_host")
-    return {**frozen, TABLE[0]: {TABLE[1]: jax.device_put(frozen[TABLE[0]][TABLE[1]], place)}}
+    return {**frozen, TABLE[0]: {TABLE[1]: jax.device_put(frozen[TABLE[0]][TABLE[1]], _host())}}
+
+
+def _host() -> SingleDeviceSharding:
+    return SingleDeviceSharding(jax.local_devices()[0], memory_kind="pinned_host")
 
 
 class HostEmbedding:
@@ -36,6 +41,6 @@ class HostEmbedding:
         self._table = np.asarray(self.whole[TABLE[0]][TABLE[1]])
         self.nbytes = self._table.nbytes
 
-    def with_rows(self, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """The batch and, as `embedded`, the rows [accumulation, B, T, D] of its tokens."""
-        return {**batch, "embedded": np.take(self._table, batch["tokens"], axis=0)}
+    def rows(self, tokens: Int[np.ndarray, "A B T"]) -> Float[jax.Array, "A B T D"]:
+        """The tokens' rows, in host memory that the device can read."""
+        return jax.device_put(np.take(self._table, tokens, axis=0), _host())

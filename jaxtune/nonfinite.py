@@ -24,7 +24,7 @@ from jaxtune.errors import UserError
 from jaxtune.metrics import read_metrics
 from jaxtune.parts import AXES
 from jaxtune.processes import agreed, is_first, largest_each, several
-from jaxtune.step import StepConfig, TrainState, batch_loss, batch_spec
+from jaxtune.step import StepConfig, TrainState, batch_loss, batch_spec, micro_batch
 
 # Updates passed over one after another, at which a run stops all the same; batches that are kept.
 MOST_IN_A_ROW = 10
@@ -172,7 +172,7 @@ def _programs(config: StepConfig, mesh: Mesh, seen: dict[int, float]) -> tuple[C
         return observed
 
     def loss(lora: Any, frozen: Any, batch: Any, key: Any, **options: Any) -> Array:
-        rows = jax.tree.map(lambda x: x[0], dict(batch))
+        rows = micro_batch(batch, 0)
         dropout = jax.random.wrap_key_data(key) if config.adaptation.dropout_rate > 0 else None
         return batch_loss(lora, frozen, rows, config, dropout, **options)
 

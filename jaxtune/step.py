@@ -162,6 +162,14 @@ def batch_loss(
     )
 
 
+def micro_batch(batch: Batch, index: Array | int) -> Batch:
+    """One of the micro-batches [accumulation, B, T], rows of embeddings fetched where they are in host memory."""
+    micro = {name: lax.dynamic_index_in_dim(values, index, keepdims=False) for name, values in batch.items()}
+    if "embedded" in micro:
+        micro["embedded"] = jax.device_put(micro["embedded"], jax.memory.Space.Device)
+    return micro
+
+
 def accumulate(
     lora: Tree, frozen: Tree, batch: Batch, config: StepConfig, key: Array | None, scale: Array | float
 ) -> tuple[Array, Any]:
@@ -184,7 +192,8 @@ def accumulate(
     narrow = config.remat in NARROW_GRADIENTS and config.parts is None and config.dtype != jnp.float16
     factor = scale / jnp.maximum(learnt, 1e-8) if narrow else scale
 
-    def one(micro: Batch, index: Array) -> tuple[Array, Any]:
+    def one(index: Array) -> tuple[Array, Any]:
+        micro = micro_batch(batch, index)
         micro_key = None if key is None else jax.random.fold_in(key, index)
 
         def loss(trained: Tree) -> Array:
@@ -195,17 +204,17 @@ def accumulate(
         narrowed = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.bfloat16), lora)
         return jax.value_and_grad(loss)(narrowed if narrow else lora)
 
-    micros = (dict(batch), jnp.arange(batch["tokens"].shape[0]))
-    if batch["tokens"].shape[0] == 1:
-        total, gradient = one(*jax.tree.map(lambda x: x[0], micros))
+    count = batch["tokens"].shape[0]
+    if count == 1:
+        total, gradient = one(jnp.int32(0))
         gradient = gradient if narrow else _float32(gradient)
     else:
         zeros = (jnp.float32(0), jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), lora))
 
-        def add(sums: tuple[Array, Any], xs: tuple[Batch, Array]) -> tuple[tuple[Array, Any], None]:
-            return jax.tree.map(jnp.add, sums, _float32(one(*xs))), None
+        def add(sums: tuple[Array, Any], index: Array) -> tuple[tuple[Array, Any], None]:
+            return jax.tree.map(jnp.add, sums, _float32(one(index))), None
 
-        (total, gradient), _ = lax.scan(add, zeros, micros)
+        (total, gradient), _ = lax.scan(add, zeros, jnp.arange(count))
     if narrow:
         return total, gradient
     if config.parts is not None:
@@ -261,7 +270,7 @@ def train_step(
 
 def eval_step(lora: Tree, frozen: Tree, batch: Batch, config: StepConfig) -> tuple[Array, Array]:
     """Summed loss and number of learnt tokens of one batch [1, B, T], without dropout."""
-    rows = jax.tree.map(lambda x: x[0], dict(batch))
+    rows = micro_batch(batch, 0)
     sums = batch_loss(lora, frozen, rows, config, None), jnp.sum(rows["loss_weights"])
     return sums if config.parts is None else config.parts.sums(sums)
 

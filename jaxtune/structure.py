@@ -80,13 +80,14 @@ def batch_structure(
     config: RunConfig, sharding: jax.sharding.Sharding | None = None, *, embedded: tuple[int, Any] | None = None
 ) -> dict[str, jax.ShapeDtypeStruct]:
     """One batch [accumulation, B, T] as `data.loader.Loader` gives it; with the tokens' `embedded` rows of this width
-    and dtype where the table is on the host."""
+    and dtype, in host memory, where the table is."""
     shape = config.train.gradient_accumulation_steps, config.train.batch_size, config.data.max_length
     dtypes = dict.fromkeys(("tokens", "targets", "positions", "segment_ids"), jnp.int32) | {"loss_weights": jnp.float32}
     batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in dtypes.items()}
     if config.model.embedding_on_host and embedded is not None:
         width, dtype = embedded
-        batch["embedded"] = jax.ShapeDtypeStruct((*shape, width), dtype, sharding=sharding)
+        on_host = None if sharding is None else sharding.with_memory_kind("pinned_host")
+        batch["embedded"] = jax.ShapeDtypeStruct((*shape, width), dtype, sharding=on_host)
     return batch
 
 

@@ -13,7 +13,7 @@ if __name__ == "__main__":
 import dataclasses
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -177,12 +177,14 @@ def fit(
 
     # The step, compiled before the loop: no step can compile again, and its memory is known before the first.
     def place(batch: dict[str, np.ndarray]) -> Any:
-        if embedding is not None:
-            batch = embedding.with_rows(batch)
-        return place_batch(batch, mesh, settings.batch_size)
+        rows = {} if embedding is None else {"embedded": embedding.rows(batch["tokens"])}
+        return {**place_batch(batch, mesh, settings.batch_size), **rows}
 
-    host_batch, after_batch = next(loader.batches(position))
-    batch = place(host_batch)
+    def placed(position: Position) -> Iterator[tuple[dict[str, np.ndarray], Any, Position]]:
+        for host_batch, after in loader.batches(position):
+            yield host_batch, place(host_batch), after
+
+    host_batch, batch, after_batch = next(placed(position))
 
     def lowered(policy: str) -> tuple[StepConfig, Any]:
         settings_of_step = dataclasses.replace(step_settings(config, decoder, base.dtype, policy), parts=parts)
@@ -226,7 +228,7 @@ def fit(
         MetricsWriter(records, first_step if directory.resumes else None, trackers) as metrics,
         out_of_memory("training", memory, config),
         StopRequests() as stop,
-        Prefetch(loader.batches(after_batch)) as batches,
+        Prefetch(placed(after_batch), ahead=1) as batches,
     ):
         for record in start_records(plan, step_config.remat, step, memory, usage, progress.phases):
             metrics.write(first_step, **record)
@@ -254,9 +256,8 @@ def fit(
             batch_tokens, position = loader.tokens(position), after_batch
             dispatched = time.perf_counter()
             if done < total_steps:
-                # Beside the device, which computes meanwhile and would wait only for what takes longer than its step.
-                host_batch, after_batch = next(batches)
-                batch = place(host_batch)
+                # Sent already by a thread of its own: a call of the step returns when the step is all but done.
+                host_batch, batch, after_batch = next(batches)
             values: dict[str, Any] = {"input_seconds": time.perf_counter() - dispatched}
             values |= {name: float(value) for name, value in scalars.items()}
             elapsed = time.perf_counter() - started

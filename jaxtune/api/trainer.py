@@ -191,8 +191,8 @@ class SFTTrainer:
         frozen = self.model.frozen if embedding is None else embedding.without_table
 
         def place(batch: Any) -> Any:
-            batch = batch if embedding is None else embedding.with_rows(batch)
-            return jax.device_put(batch, batch_sharding(mesh))
+            rows = {} if embedding is None else {"embedded": embedding.rows(batch["tokens"])}
+            return {**jax.device_put(batch, batch_sharding(mesh)), **rows}
 
         return held_out({"eval": eval_data}, config.train.batch_size, place, step, lora, frozen)
 
