@@ -94,9 +94,10 @@ class Checkpoints:
                 for leftover in self.directory.glob(f"{_TEMPORARY}*"):
                     shutil.rmtree(leftover)
             together()
-            with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+            # Compressing would take several times as long as writing, and save a twentieth: these numbers are noise.
+            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_compression=False)) as checkpointer:
                 tree = unflatten_dict(host, sep="/")
-                checkpointer.save(temporary / "state", args=ocp.args.StandardSave(tree))
+                checkpointer.save(temporary / "state", args=ocp.args.PyTreeSave(tree))
             del host, tree
             give_back_freed()
             if not is_first():
