@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import importlib
 import logging
 import os
@@ -57,6 +58,25 @@ def _unraisable(unraisable: sys.UnraisableHookArgs) -> None:
         sys.__unraisablehook__(unraisable)
 
 
+def process() -> int:
+    """`main` for a process of its own, which then ends at once: to take apart all that was imported takes a second.
+
+    What others have registered for the end of the process (`atexit`) is done before.
+    """
+    ended: list[int] = []
+    # The first to be registered is the last to be called.
+    atexit.register(_end, ended)
+    ended.append(main())
+    return ended[0]
+
+
+def _end(ended: Sequence[int]) -> None:
+    if ended:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(ended[0])
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the main job and return the exit status (`--help` lists them)."""
     options = make_parser().parse_args(arguments)
@@ -94,7 +114,9 @@ def _run(options: argparse.Namespace, launch: Launch | None) -> int:
     try:
         config = load_config(options.config, options.set)
         check_files(config)
-        # Takes seconds: by name, so that help and the mistakes above are answered at once.
+        # Both take seconds: by name, so that help and the mistakes above are answered at once.
+        if launch is None:
+            importlib.import_module("jaxtune.device_memory").start_devices(config.train.memory_limit)
         importlib.import_module("jaxtune.train").run(
             config, resume={"always": True, "auto": "auto"}.get(options.resume), launch=launch
         )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import threading
 from typing import Any
 
 import jax
@@ -52,6 +54,20 @@ def limit_memory(limit: str | None) -> None:
     elif not set_by_user:
         options.setdefault("memory_fraction", _WHOLE_CARD)
     jax.config.update("jax_pjrt_client_create_options", options)
+
+
+def start_devices(limit: str | None) -> None:
+    """`limit_memory`, and start the devices in a thread: a GPU takes seconds, in which the caller can do other things.
+
+    Where they do not start, that shows where they are first used.
+    """
+    limit_memory(limit)
+
+    def start() -> None:
+        with contextlib.suppress(Exception):
+            jax.devices()
+
+    threading.Thread(target=start, name="jaxtune-devices", daemon=True).start()
 
 
 def check_limit(limit: str | None) -> None:

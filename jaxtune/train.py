@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import sys
 
-from jaxtune.command import main
+from jaxtune.command import main, process
 
 if __name__ == "__main__":
     # Before the imports below, which take seconds: help and mistakes in the configuration are answered at once.
-    sys.exit(main())
+    sys.exit(process())
 
 import dataclasses
 import math

@@ -41,6 +41,25 @@ def test_imports_nothing_slow() -> None:
     assert not SLOW & set(modules.split())
 
 
+def test_a_process_ends_at_once() -> None:
+    """With its status, its output written, and what others registered for its end done; modules are not taken apart."""
+    code = """
+import atexit, sys
+from jaxtune import command
+class Left:
+    def __del__(self): print("taken apart")
+sys.left = Left()
+def main():
+    atexit.register(print, "registered")
+    print("done", end=" ")
+    return 3
+command.main = main
+sys.exit(command.process())
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (3, "done registered\n", "")
+
+
 def test_public_names() -> None:
     """Every public name is found on first use, and its own documentation says what it is."""
     run("-c", "import jaxtune\nfor name in jaxtune.__all__: assert getattr(jaxtune, name).__doc__, name")
