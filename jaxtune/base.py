@@ -31,9 +31,9 @@ class BaseModel:
 
     dtype: compute dtype. fingerprint: hash of its content, which a resumed run must find again. load: gives the frozen
     parameters on the device, read from the files or as they stand there already; from files also over a mesh, given
-    what `mesh.placing` makes. modules: whole tensors by HF name that an adapter brings in place of the base's
-    (jaxtune.export.modules). hf_config: of the model with them, else None. own_tokenizer: the tokenizer where it
-    is one that an adapter brings, and that is saved with it again; else None.
+    what `mesh.placing` makes, and calling `progress` as `load_model` does. modules: whole tensors by HF name that an
+    adapter brings in place of the base's (jaxtune.export.modules). hf_config: of the model with them, else None.
+    own_tokenizer: the tokenizer where it is one that an adapter brings, and that is saved with it again; else None.
     """
 
     source: Source
@@ -58,5 +58,7 @@ def find_base(config: ModelConfig) -> BaseModel:
         decoder,
         dtype,
         fingerprint(source),
-        load=lambda place=None: load_model(config, dtype, source=source, place=place).frozen,
+        load=lambda place=None, progress=None: (
+            load_model(config, dtype, source=source, place=place, progress=progress).frozen
+        ),
     )

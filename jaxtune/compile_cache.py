@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -18,3 +20,24 @@ def use_compile_cache(directory: str) -> None:
     values = str(Path(directory).expanduser()), 0.0
     for name, value in zip(CONFIGURED, values):
         jax.config.update(name, value)
+
+
+def was_compiled(program: Any) -> bool:
+    """Whether `mark_compiled` was told of this program in the cache in use. What is there may be of other code."""
+    mark = _mark(program)
+    return mark is not None and mark.exists()
+
+
+def mark_compiled(program: Any) -> None:
+    """Leave a mark in the cache in use, if there is one, that it has this program: anything whose repr tells it."""
+    mark = _mark(program)
+    if mark is not None:
+        mark.touch()
+
+
+def _mark(program: Any) -> Path | None:
+    directory = jax.config.values["jax_compilation_cache_dir"]
+    if directory is None or not Path(directory).is_dir():
+        return None
+    text = repr((program, jax.local_devices()[0].device_kind, jax.__version__))
+    return Path(directory) / f"jaxtune-{hashlib.sha256(text.encode()).hexdigest()}"

@@ -6,20 +6,27 @@ import contextlib
 import ctypes
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import jax
 
 from jaxtune.config import RunConfig
 from jaxtune.config_checks import parse_bytes
 from jaxtune.errors import UserError
-from jaxtune.metrics import Progress, format_bytes
+from jaxtune.metrics import Progress, format_bytes, host_peak_rss
 from jaxtune.processes import everywhere
 
 # Of a run's memory: what a step holds beside weights and state.
 IN_STEP = "activations, gradients and logits"
 
-T = TypeVar("T")
+
+class Compilable(Protocol):
+    """What can be compiled."""
+
+    def compile(self) -> jax.stages.Compiled: ...
+
+
+T = TypeVar("T", bound=Compilable)
 
 
 def tree_bytes(tree: Any) -> int:
@@ -32,6 +39,12 @@ def device_peak() -> int | None:
     """The allocator's peak of the first device, in bytes; None where the device keeps no such count (a CPU)."""
     stats = jax.local_devices()[0].memory_stats()
     return stats.get("peak_bytes_in_use") if stats else None
+
+
+def peaks() -> str:
+    """Peaks of device and host; of the host alone where the device's memory is the host's, or is not counted."""
+    device = device_peak()
+    return (f"device {format_bytes(device)}, " if device else "") + f"host {format_bytes(host_peak_rss())}"
 
 
 def give_back_freed() -> None:
@@ -79,28 +92,30 @@ def out_of_memory(phase: str, components: Mapping[str, int], config: RunConfig) 
 
 def first_that_fits(
     policies: Sequence[str],
-    lowered: Callable[[str], tuple[T, Any]],
+    traced: Callable[[str], T],
     memory: dict[str, int],
     config: RunConfig,
     progress: Progress,
-) -> tuple[T, Any]:
+) -> tuple[T, jax.stages.Compiled]:
     """Compile the step with one policy after another until one fits; its share is added to `memory`.
 
-    lowered: the step with a policy, ready to be compiled, and what it was made with, which is returned beside it.
+    traced: the step with a policy, which has `compile`. It is returned with what it was compiled to.
 
     Raises:
         UserError: none fits.
     """
     for policy in policies:
-        with progress.phase("compile the step"), out_of_memory("compiling the step", memory, config):
-            step_config, program = lowered(policy)
-            step = program.compile()
-        memory[IN_STEP] = step.memory_analysis().temp_size_in_bytes
+        with out_of_memory("compiling the step", memory, config):
+            step = traced(policy)
+            compiled = step.compile()
+        analysis = compiled.memory_analysis()
+        assert analysis is not None
+        memory[IN_STEP] = analysis.temp_size_in_bytes
         progress.note(f"one step with remat {policy} holds {format_bytes(memory[IN_STEP])} beside weights and state")
         if everywhere(fits(memory, config)):
             break
     check_fits(memory, config)
-    return step_config, step
+    return step, compiled
 
 
 def _report(what: str, components: Mapping[str, int], config: RunConfig) -> str:

@@ -8,6 +8,7 @@ import math
 import os
 import resource
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -155,6 +156,8 @@ class Progress:
         self._log_every = log_every
         self._clock = clock
         self._live: Live | None = None
+        self._spinner: Spinner | None = None
+        self._lock = threading.Lock()
         self._total = self._step = 0
         self._values: dict[str, Any] = {}
         self._losses: list[float] = []
@@ -174,22 +177,37 @@ class Progress:
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Say that a part of the run (load, compile) begins, and at its end how long it took."""
+        """Say that a part of the run (load, compile) begins, and at its end how long it took. Threads may have
+        phases at the same time."""
         started = self._clock()
         try:
-            if self._is_live:
-                columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
-                with Spinner(*columns, console=self._console, transient=True) as spinner:
-                    spinner.add_task(escape(name), total=None)
-                    yield
-            else:
-                self.note(f"{name} ...")
+            with self._spinning(name) if self._is_live else contextlib.nullcontext():
+                if not self._is_live:
+                    self.note(f"{name} ...")
                 yield
         except BaseException:
             self.note(f"{name}: failed after {format_seconds(self._clock() - started)}")
             raise
         self.phases[name] = self._clock() - started
         self.note(f"{name}: {format_seconds(self.phases[name])}")
+
+    @contextlib.contextmanager
+    def _spinning(self, name: str) -> Iterator[None]:
+        """A line with a spinner; those of threads stand below each other."""
+        with self._lock:
+            if self._spinner is None:
+                columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
+                self._spinner = Spinner(*columns, console=self._console, transient=True)
+                self._spinner.start()
+            spinner, task = self._spinner, self._spinner.add_task(escape(name), total=None)
+        try:
+            yield
+        finally:
+            with self._lock:
+                spinner.remove_task(task)
+                if not spinner.task_ids:
+                    spinner.stop()
+                    self._spinner = None
 
     def start(self, total_steps: int, first_step: int = 0) -> None:
         """Begin to count. first_step: updates done before, by the run that is resumed."""
@@ -298,6 +316,13 @@ def _from_proc(field: str) -> int | None:
 def format_bytes(count: float) -> str:
     """Bytes as GiB, or as MiB below one GiB."""
     return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
+
+
+def format_change(before: float | None, after: float | None) -> str:
+    """A held-out loss beside the one before; either may not have been measured."""
+    if after is None:
+        return "not measured"
+    return f"{after:.4f}" if before is None else f"{before:.4f} -> {after:.4f} ({(after / before - 1):+.1%})"
 
 
 def format_seconds(seconds: float) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from jaxtune.config import ModelConfig, RunConfig, TrainConfig
 from jaxtune.errors import UserError
@@ -89,6 +90,14 @@ def batch_structure(
         on_host = None if sharding is None else sharding.with_memory_kind("pinned_host")
         batch["embedded"] = jax.ShapeDtypeStruct((*shape, width), dtype, sharding=on_host)
     return batch
+
+
+def loaded_structure(
+    config: RunConfig, hf_config: Mapping[str, Any], dtype: Any, state: TrainState, mesh: Mesh
+) -> tuple[Any, dict[str, jax.ShapeDtypeStruct]]:
+    """The frozen weights as a run of one device will have them, and a batch of it, before either is there."""
+    frozen, _, _ = placed_structures(frozen_structure(hf_config, config.model, dtype), state, mesh, paged=False)
+    return frozen, batch_structure(config, batch_sharding(mesh), embedded=(hf_config["hidden_size"], dtype))
 
 
 def step_settings(config: RunConfig, decoder: DecoderConfig, dtype: Any, policy: str) -> StepConfig:

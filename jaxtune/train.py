@@ -13,7 +13,7 @@ if __name__ == "__main__":
 import dataclasses
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxtune.ahead import Beside, Step
 from jaxtune.base import BaseModel, find_base
 from jaxtune.checkpoint import check_compatible, run_meta
 from jaxtune.compile_cache import use_compile_cache
@@ -43,20 +44,21 @@ from jaxtune.host_embedding import HostEmbedding
 from jaxtune.launch import Launch
 from jaxtune.loading import read_hf_config
 from jaxtune.lora import count_parameters, init_lora
-from jaxtune.memory import device_peak, first_that_fits, out_of_memory, tree_bytes
+from jaxtune.memory import first_that_fits, out_of_memory, peaks, tree_bytes
 from jaxtune.mesh import check_mesh, own_rows, place_batch, place_frozen, place_state, placing
-from jaxtune.metrics import MetricsWriter, Progress, format_bytes, host_peak_rss, host_rss
+from jaxtune.metrics import MetricsWriter, Progress, format_bytes, format_change, host_rss
 from jaxtune.nonfinite import NonfiniteUpdates, trace
 from jaxtune.optim import make_optimizer, make_schedule
+from jaxtune.parts import Parts
 from jaxtune.planning import check_plan, with_mesh
 from jaxtune.preflight import check_devices, check_model, count_steps
 from jaxtune.processes import check_same, is_first, joined, largest, own_copy, whole
 from jaxtune.report import write_report
 from jaxtune.run_directory import Resume, RunDirectory
 from jaxtune.start import start_from
-from jaxtune.step import StepConfig, TrainState, init_state, jit_eval_step, jit_train_step, make_mesh
+from jaxtune.step import TrainState, init_state, jit_eval_step, jit_train_step, make_mesh
 from jaxtune.stopping import StopRequests
-from jaxtune.structure import step_settings
+from jaxtune.structure import loaded_structure, step_settings
 from jaxtune.trackers import check_installed, open_trackers
 from jaxtune.unchanged import digest, unchanged
 
@@ -159,21 +161,41 @@ def fit(
     first_step = int(state.step)
 
     # The frozen model, unless it is known beforehand that it is too large.
-    plan = check_plan(config, read_hf_config(base.source))
+    hf_config = read_hf_config(base.source)
+    plan = check_plan(config, hf_config)
     progress.note(plan.short())
     memory = {"adapter": tree_bytes(state.lora)}
     if not settings.is_paged:
         memory["optimizer"] = tree_bytes(state.opt_state)
-    with progress.phase("load the model"), out_of_memory("loading the model", memory, config):
-        frozen = base.load(placing(mesh, decoder))
-        embedding = HostEmbedding(frozen) if config.model.embedding_on_host else None
-        frozen, parts = place_frozen(frozen if embedding is None else embedding.without_table, state, mesh)
+
+    def load(check: Callable[..., None]) -> Any:
+        with progress.phase("load the model"), out_of_memory("loading the model", memory, config):
+            frozen = base.load(placing(mesh, decoder), progress=check)
+            embedding = HostEmbedding(frozen) if config.model.embedding_on_host else None
+            frozen, parts = place_frozen(frozen if embedding is None else embedding.without_table, state, mesh)
+        return frozen, embedding, parts, {"after loading": device_usage()}
+
+    def traced(policy: str, frozen: Any, batch: Any, parts: Parts | None) -> Step:
+        step_config = dataclasses.replace(step_settings(config, decoder, base.dtype, policy), parts=parts)
+        jitted = jit_train_step(optimizer, step_config, mesh)
+        return Step(jitted, step_config, settings, (state, frozen, batch), progress)
+
+    # Beside it the step of one device, from shapes. It is compiled only where the compile cache has it: XLA chooses
+    # between products by timing them on the device, which has to be idle then.
+    ahead = None
+    with Beside(load) as loading, out_of_memory("compiling the step", memory, config):
+        if mesh.size == 1:
+            structure = loaded_structure(config, base.hf_config or hf_config, base.dtype, state, mesh)
+            memory["frozen weights"] = tree_bytes(structure[0])
+            ahead = traced(plan.candidates[0], *structure, None)
+            if ahead.is_cached():
+                ahead.compile()
+        frozen, embedding, parts, usage = loading.result()
     memory["frozen weights"] = tree_bytes(frozen)
     progress.note(
         f"{decoder.model_type}: {decoder.num_layers} layers, computed in {base.dtype.name}, frozen weights "
         f"{format_bytes(memory['frozen weights'])}; {count_parameters(lora):,} trainable parameters"
     )
-    usage = {"after loading": device_usage()}
 
     # The step, compiled before the loop: no step can compile again, and its memory is known before the first.
     def place(batch: dict[str, np.ndarray]) -> Any:
@@ -186,12 +208,13 @@ def fit(
 
     host_batch, batch, after_batch = next(placed(position))
 
-    def lowered(policy: str) -> tuple[StepConfig, Any]:
-        settings_of_step = dataclasses.replace(step_settings(config, decoder, base.dtype, policy), parts=parts)
-        jitted: Any = jit_train_step(optimizer, settings_of_step, mesh)
-        return settings_of_step, jitted.lower(state, frozen, batch)
+    def of_policy(policy: str) -> Step:
+        if ahead is not None and policy == ahead.config.remat and ahead.takes(state, frozen, batch):
+            return ahead
+        return traced(policy, frozen, batch, parts)
 
-    step_config, step = first_that_fits(plan.candidates, lowered, memory, config, progress)
+    chosen, step = first_that_fits(plan.candidates, of_policy, memory, config, progress)
+    step_config = chosen.config
     eval_step = jit_eval_step(step_config, mesh)
 
     usage["after compiling"] = device_usage()
@@ -301,9 +324,9 @@ def fit(
         return Outcome(adapter, lora, int(state.step), eval_loss)
     progress.summary(
         {
-            "held-out loss": _change(first_eval_loss, eval_loss),
+            "held-out loss": format_change(first_eval_loss, eval_loss),
             "tokens per second": f"{tokens / elapsed_total:,.0f}" if elapsed_total else "-",
-            "peak memory": _peaks(),
+            "peak memory": peaks(),
             "adapter": str(adapter),
             "metrics": str(directory.metrics),
             "report": str(write_report(directory.path)),
@@ -370,15 +393,3 @@ def _save_adapters(
 def _check_eval_loss(step: int, values: Mapping[str, float]) -> None:
     if not math.isfinite(values.get("eval_loss", 0.0)):
         raise UserError(f"step {step}: eval_loss not finite; lower train.learning_rate, and check the held-out records")
-
-
-def _peaks() -> str:
-    """Peaks of device and host; of the host alone where the device's memory is the host's, or is not counted."""
-    device = device_peak()
-    return (f"device {format_bytes(device)}, " if device else "") + f"host {format_bytes(host_peak_rss())}"
-
-
-def _change(before: float | None, after: float | None) -> str:
-    if after is None:
-        return "not measured"
-    return f"{after:.4f}" if before is None else f"{before:.4f} -> {after:.4f} ({(after / before - 1):+.1%})"

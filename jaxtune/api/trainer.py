@@ -158,7 +158,7 @@ class SFTTrainer:
         model = self.model
         own = None if model.base.own_tokenizer is None else self.tokenizer
         base = dataclasses.replace(
-            model.base, tokenizer=self.tokenizer, own_tokenizer=own, load=lambda place=None: model.frozen
+            model.base, tokenizer=self.tokenizer, own_tokenizer=own, load=lambda place=None, progress=None: model.frozen
         )
         # The step works in place: it gets a copy.
         lora = None if model.lora is None else jax.tree.map(jnp.copy, model.lora)

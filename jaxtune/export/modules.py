@@ -36,12 +36,12 @@ def adapted_base(base: BaseModel, adapter: str | Path) -> BaseModel:
     for name, tensor in sorted(modules.items()):
         digest.update(name.encode() + np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data)
 
-    def load(place: Any = None) -> Any:
+    def load(place: Any = None, progress: Any = None) -> Any:
         if place is not None:
             raise NotImplementedError(
                 f"adapter {adapter}: its whole tensors (modules_to_save) are not cut over a mesh; train on one device"
             )
-        return with_modules(base.load(), modules, before, hf_config, base.dtype)
+        return with_modules(base.load(progress=progress), modules, before, hf_config, base.dtype)
 
     return dataclasses.replace(
         base,
