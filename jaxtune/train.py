@@ -39,7 +39,7 @@ from jaxtune.environment import versions
 from jaxtune.errors import UserError
 from jaxtune.evaluation import check_rouge, held_out
 from jaxtune.examiner import Examiner
-from jaxtune.export import save_peft_adapter
+from jaxtune.finish import save_last
 from jaxtune.host_embedding import HostEmbedding
 from jaxtune.launch import Launch
 from jaxtune.loading import read_hf_config
@@ -52,7 +52,7 @@ from jaxtune.optim import make_optimizer, make_schedule
 from jaxtune.parts import Parts
 from jaxtune.planning import check_plan, with_mesh
 from jaxtune.preflight import check_devices, check_model, count_steps
-from jaxtune.processes import check_same, is_first, joined, largest, own_copy, whole
+from jaxtune.processes import check_same, is_first, joined, largest, own_copy
 from jaxtune.report import write_report
 from jaxtune.run_directory import Resume, RunDirectory
 from jaxtune.start import start_from
@@ -183,14 +183,18 @@ def fit(
     # Beside it the step of one device, from shapes. It is compiled only where the compile cache has it: XLA chooses
     # between products by timing them on the device, which has to be idle then.
     ahead = None
-    with Beside(load) as loading, out_of_memory("compiling the step", memory, config):
+    with (
+        Beside(load) as loading,
+        Beside(lambda _: versions()) as asked,
+        out_of_memory("compiling the step", memory, config),
+    ):
         if mesh.size == 1:
             structure = loaded_structure(config, base.hf_config or hf_config, base.dtype, state, mesh)
             memory["frozen weights"] = tree_bytes(structure[0])
             ahead = traced(plan.candidates[0], *structure, None)
             if ahead.is_cached():
                 ahead.compile()
-        frozen, embedding, parts, usage = loading.result()
+        (frozen, embedding, parts, usage), found = loading.result(), asked.result()
     memory["frozen weights"] = tree_bytes(frozen)
     progress.note(
         f"{decoder.model_type}: {decoder.num_layers} layers, computed in {base.dtype.name}, frozen weights "
@@ -255,7 +259,7 @@ def fit(
     ):
         for record in start_records(plan, step_config.remat, step, memory, usage, progress.phases):
             metrics.write(first_step, **record)
-        metrics.write(first_step, data=described, versions={"device": plan.device.kind, **versions()})
+        metrics.write(first_step, data=described, versions={"device": plan.device.kind, **found})
         eval_loss = None
         if first_step == 0:
             sample("before")
@@ -316,10 +320,10 @@ def fit(
                 save()
         if first_step < total_steps:
             sample("after")
-        save()
+        lora = save_last(save, state, config, base, directory, progress)
 
     # What the run leaves.
-    adapter, lora = directory.path / "adapter", _save_adapters(state, config, base, directory, progress)
+    adapter = directory.path / "adapter"
     if not is_first():
         return Outcome(adapter, lora, int(state.step), eval_loss)
     progress.summary(
@@ -365,29 +369,6 @@ def _restored(
     if (done := int(state.step)) > total_steps:
         raise UserError(f"cannot resume: step {done} is done, the run has {total_steps}; raise train.max_steps")
     return state, position
-
-
-def _save_adapters(
-    state: TrainState, config: RunConfig, base: BaseModel, directory: RunDirectory, progress: Progress
-) -> Any:
-    """Write the adapter, and with `output.keep_best` the best one, by the first process; the trained tree, whole."""
-    checkpoints = directory.checkpoints
-    lora, best = whole(state.lora), checkpoints.best() if config.output.keep_best else []
-    of_best = [(meta, whole(then.lora)) for then, meta in (checkpoints.restore(step, state) for step in best[:1])]
-    if not is_first():
-        return lora
-
-    of_base: Any = {"decoder": base.decoder, "modules": base.modules, "tokenizer": base.own_tokenizer}
-
-    def save(name: str, tree: Any) -> None:
-        with directory.replacing(name) as temporary:
-            save_peft_adapter(temporary, tree, config.lora, base.source, **of_base)
-
-    save("adapter", lora)
-    for meta, tree in of_best:
-        save("adapter-best", tree)
-        progress.note(f"adapter-best: of step {meta['step']}, held-out loss {meta['eval_loss']:.4f}")
-    return lora
 
 
 def _check_eval_loss(step: int, values: Mapping[str, float]) -> None:
