@@ -176,7 +176,7 @@ def measure(name: str, profile: Path | None) -> Iterator[dict[str, Any]]:
     if case.embedding_on_host:
         embedding = HostEmbedding(frozen)
         frozen = embedding.without_table
-        batch["embedded"] = embedding.rows(host_batch["tokens"])
+        batch["embedded"] = embedding.rows(host_batch["tokens"], batch_sharding(mesh))
     # Moments start at zero, as a run's do: random ones may be such as no gradients leave behind.
     optimizer = make_optimizer(config.train, 1000)
     lora = random_arrays(state_structure(config, decoder, dtype).lora, seed=2)

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import ml_dtypes  # noqa: F401  numpy's bfloat16
 import numpy as np
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import NamedSharding, SingleDeviceSharding
 from jaxtyping import Float, Int
 
 # Where the table is in the tree.
@@ -22,11 +22,8 @@ TABLE = ("embed_tokens", "embedding")
 
 def with_table_on_host(frozen: Mapping[str, Any]) -> dict[str, Any]:
     """A frozen tree with its table, which may be a NumPy array, in host memory that the first device can read."""
-    return {**frozen, TABLE[0]: {TABLE[1]: jax.device_put(frozen[TABLE[0]][TABLE[1]], _host())}}
-
-
-def _host() -> SingleDeviceSharding:
-    return SingleDeviceSharding(jax.local_devices()[0], memory_kind="pinned_host")
+    place = SingleDeviceSharding(jax.local_devices()[0], memory_kind="pinned_host")
+    return {**frozen, TABLE[0]: {TABLE[1]: jax.device_put(frozen[TABLE[0]][TABLE[1]], place)}}
 
 
 class HostEmbedding:
@@ -41,6 +38,6 @@ class HostEmbedding:
         self._table = np.asarray(self.whole[TABLE[0]][TABLE[1]])
         self.nbytes = self._table.nbytes
 
-    def rows(self, tokens: Int[np.ndarray, "A B T"]) -> Float[jax.Array, "A B T D"]:
-        """The tokens' rows, in host memory that the device can read."""
-        return jax.device_put(np.take(self._table, tokens, axis=0), _host())
+    def rows(self, tokens: Int[np.ndarray, "A B T"], sharding: NamedSharding) -> Float[jax.Array, "A B T D"]:
+        """The tokens' rows, in host memory that the device can read. sharding: of the batch."""
+        return jax.device_put(np.take(self._table, tokens, axis=0), sharding.with_memory_kind("pinned_host"))

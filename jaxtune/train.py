@@ -56,7 +56,7 @@ from jaxtune.processes import check_same, is_first, joined, largest, own_copy
 from jaxtune.report import write_report
 from jaxtune.run_directory import Resume, RunDirectory
 from jaxtune.start import start_from
-from jaxtune.step import TrainState, init_state, jit_eval_step, jit_train_step, make_mesh
+from jaxtune.step import TrainState, batch_sharding, init_state, jit_eval_step, jit_train_step, make_mesh
 from jaxtune.stopping import StopRequests
 from jaxtune.structure import loaded_structure, step_settings
 from jaxtune.trackers import check_installed, open_trackers
@@ -203,7 +203,7 @@ def fit(
 
     # The step, compiled before the loop: no step can compile again, and its memory is known before the first.
     def place(batch: dict[str, np.ndarray]) -> Any:
-        rows = {} if embedding is None else {"embedded": embedding.rows(batch["tokens"])}
+        rows = {} if embedding is None else {"embedded": embedding.rows(batch["tokens"], batch_sharding(mesh))}
         return {**place_batch(batch, mesh, settings.batch_size), **rows}
 
     def placed(position: Position) -> Iterator[tuple[dict[str, np.ndarray], Any, Position]]:

@@ -191,7 +191,7 @@ class SFTTrainer:
         frozen = self.model.frozen if embedding is None else embedding.without_table
 
         def place(batch: Any) -> Any:
-            rows = {} if embedding is None else {"embedded": embedding.rows(batch["tokens"])}
+            rows = {} if embedding is None else {"embedded": embedding.rows(batch["tokens"], batch_sharding(mesh))}
             return {**jax.device_put(batch, batch_sharding(mesh)), **rows}
 
         return held_out({"eval": eval_data}, config.train.batch_size, place, step, lora, frozen)

@@ -28,6 +28,7 @@ from jaxtune.step import (
     TrainState,
     accumulate,
     batch_loss,
+    batch_sharding,
     init_state,
     jit_eval_step,
     jit_train_step,
@@ -258,7 +259,7 @@ def test_rows_of_the_embedding_may_come_with_the_batch() -> None:
     embedding = HostEmbedding(frozen)
     assert "embed_tokens" not in embedding.without_table
     loss, gradient = accumulate(lora, frozen, batch, STEP, None, 1.0)
-    rows = embedding.rows(batch["tokens"])
+    rows = embedding.rows(batch["tokens"], batch_sharding(make_mesh()))
     assert rows.sharding.memory_kind == "pinned_host"
     compiled = jax.jit(lambda batch: accumulate(lora, embedding.without_table, batch, STEP, None, 1.0))
     other_loss, other_gradient = compiled({**batch, "embedded": rows})
