@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 
 from pallas_kernels._dispatch import choose
 from pallas_kernels._stack import StackLayer, picked
-from pallas_kernels.attention import cudnn, mosaic_gpu, one_query, triton
+from pallas_kernels.attention import cached, cudnn, mosaic_gpu, triton
 from pallas_kernels.attention.reference import attention_reference, visible
 from pallas_kernels.attention.xla import Form, attention_xla
 
@@ -95,7 +95,7 @@ def cached_attention(
         first: int32 [B], index of each row's first token: what stands before it is padding, which no query sees; None
             where no row is padded. Queries that are padding themselves give finite values without meaning.
         window, cap, scale: as in `attention`.
-        implementation: "triton" (of one new token), "xla", or None to choose.
+        implementation: "triton", "xla", or None to choose.
 
     Returns:
         [B, T, N, H] in q's dtype.
@@ -105,9 +105,9 @@ def cached_attention(
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     _check_positive(window, cap)
-    candidates = {"triton": lambda: one_query.unsupported_reason(q, k_cache), "xla": lambda: None}
+    candidates = {"triton": lambda: cached.unsupported_reason(q, k_cache), "xla": lambda: None}
     if choose("cached_attention", implementation, candidates) == "triton":
-        return one_query.cached_attention_triton(q, k_cache, v_cache, start, first, Form(scale, window, cap))
+        return cached.cached_attention_triton(q, k_cache, v_cache, start, first, Form(scale, window, cap))
     keys = jnp.arange(k_cache.shape[1])
     mask = visible(start + jnp.arange(q.shape[1]), keys, None, None, window)
     if first is not None:

@@ -211,8 +211,38 @@ def test_one_query_through_triton(
     assert np.linalg.norm(got - true) <= 1.5 * np.linalg.norm(own - true)
 
 
-def test_one_query_lowers_for_a_gpu() -> None:
-    q, cache = jnp.zeros((2, 1, 8, 128), jnp.bfloat16), jnp.zeros((3, 2, 512, 2, 128), jnp.bfloat16)
+@pytest.mark.parametrize(
+    ("heads", "length", "start", "first", "window", "cap"),
+    [
+        ((8, 2), 40, 0, None, None, None),
+        ((6, 2), 70, 90, [95, 0], None, 3.0),
+        ((4, 4), 64, 130, [0, 150], 50, None),
+    ],
+)
+def test_a_chunk_of_queries_through_triton(
+    heads: tuple[int, int], length: int, start: int, first: list[int] | None, window: int | None, cap: float | None
+) -> None:
+    """Tiles whole and not, queries that are padding, and windows that end within a tile; what comes after is NaN."""
+    rng = np.random.default_rng(length)
+    q = jnp.asarray(rng.standard_normal((2, length, heads[0], 32)), jnp.bfloat16)
+    caches = [jnp.asarray(rng.standard_normal((3, 2, 256, heads[1], 32)), jnp.bfloat16) for _ in "kv"]
+    begin = None if first is None else jnp.asarray(first, jnp.int32)
+    form: Any = {"first": begin, "window": window, "cap": cap}
+    hidden = [jnp.where((jnp.arange(256) < start + length)[:, None, None], cache, jnp.nan) for cache in caches]
+    with interpreted():
+        layers = [StackLayer(cache, jnp.int32(1)) for cache in hidden]
+        got = cached_attention(q, *layers, jnp.int32(start), implementation="triton", **form)
+    assert np.isfinite(np.asarray(got, np.float32)).all()
+    own = cached_attention(q, *(cache[1] for cache in caches), start, implementation="xla", **form)
+    exact = [x.astype(jnp.float32) for x in (q, *(cache[1] for cache in caches))]
+    true = np.asarray(cached_attention(*exact, start, implementation="xla", **form))
+    is_text = (start + np.arange(length) >= np.asarray(first or [0, 0])[:, None])[..., None, None]
+    assert np.linalg.norm((got - true) * is_text) <= 1.5 * np.linalg.norm((own - true) * is_text)
+
+
+@pytest.mark.parametrize("length", [1, 70])
+def test_cached_attention_lowers_for_a_gpu(length: int) -> None:
+    q, cache = jnp.zeros((2, length, 8, 128), jnp.bfloat16), jnp.zeros((3, 2, 512, 2, 128), jnp.bfloat16)
 
     def step(q: Any, k: Any, v: Any, start: Any) -> Any:
         layers = [StackLayer(each, jnp.int32(2)) for each in (k, v)]
