@@ -32,6 +32,9 @@ log = logging.getLogger(__name__)
 
 LEAST_CHUNK, CHUNK = 64, 512
 CACHE_MULTIPLE = 256
+# Of an MLP's width, in a chunk: so that about as much of its weights is decoded at once as of attention's. Few tokens
+# are multiplied by packed weights.
+SLICES = 4
 # Tokens of one dispatch: at most this many, and fewer while a dispatch takes longer than a reader would wait.
 MOST_STEPS, PATIENCE_SECONDS = 32, 0.05
 
@@ -62,7 +65,8 @@ class Generator:
     """A model that continues token ids: its two parameter trees and how they are computed.
 
     frozen, lora: see CONTRIBUTING; `lora` may be {}. decoder, adaptation, dtype: as in training.
-    unroll: one program for all layers of a token instead of a loop over one layer's, which takes longer to compile.
+    unroll: one program for all layers of a token instead of a loop over one layer's; None for one row on a GPU alone,
+        where it is one graph of launches and compiles as fast.
     """
 
     frozen: Tree
@@ -70,7 +74,11 @@ class Generator:
     decoder: DecoderConfig
     adaptation: Adaptation
     dtype: Any
-    unroll: bool = False
+    unroll: bool | None = None
+
+    def unrolls(self, batch: int) -> bool:
+        """Whether tokens of so many rows are one program for all layers."""
+        return batch == 1 and jax.default_backend() == "gpu" if self.unroll is None else self.unroll
 
     def stream(
         self,
@@ -116,7 +124,7 @@ class Generator:
                     self.decoder,
                     self.adaptation,
                     self.dtype,
-                    self.unroll,
+                    self.unrolls(len(prompts)),
                 )
                 flight.append((made_there[0], made_there[1]))
                 sent += limit
@@ -232,7 +240,7 @@ def _forward(
         config,
         adaptation,
         dtype=dtype,
-        execution=Execution(unroll=unroll),
+        execution=Execution(unroll=unroll, mlp_slices=SLICES if tokens.size > LEAST_CHUNK else 1),
         past=Past(cache, start, first),
     )
     assert cache_after is not None

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from jaxtune.config import LoraConfig, ModelConfig
-from jaxtune.decoding import CACHE_MULTIPLE, CHUNK, empty_cache, padded_length
+from jaxtune.decoding import CACHE_MULTIPLE, CHUNK, SLICES, empty_cache, padded_length
 from jaxtune.devices import Device
 from jaxtune.lora import init_lora
 from jaxtune.models.config import DecoderConfig
@@ -42,8 +42,8 @@ def plan_generation(
 ) -> Generation:
     """Of one row: a prompt and new tokens, with a model and adapter of these shapes.
 
-    A chunk's share is what XLA holds on an H200 for Llama shapes: the widest linears decoded, gate and up, and what
-    they give.
+    A chunk's share is what XLA holds on an H200 for Llama shapes with an adapter: the widest linears decoded, which are
+    q, k and v or a slice of gate and up, and what layers give.
     """
     decoder, size = DecoderConfig.from_hf(hf_config), np.dtype(dtype).itemsize
     frozen = frozen_structure(hf_config, config, dtype)
@@ -51,8 +51,9 @@ def plan_generation(
     tokens = padded_length(prompt)
     room = -(-(tokens + new) // CACHE_MULTIPLE) * CACHE_MULTIPLE
     cache = tree_bytes(jax.eval_shape(lambda: empty_cache(decoder, 1, room, dtype)))
-    width, depth = decoder.linear_shapes()["gate_proj"]
-    chunk = (2 * width * depth + 3 * width * min(tokens, CHUNK)) * size
+    rows = {name: shape[0] for name, shape in decoder.linear_shapes().items()}
+    widest = max(rows["q_proj"] + 2 * rows["k_proj"], 2 * rows["gate_proj"] // SLICES)
+    chunk = (widest + 6 * min(tokens, CHUNK)) * decoder.hidden_size * size
     weights = tree_bytes(frozen) + adapter
     idle = tree_bytes(frozen["embed_tokens"]) if "lm_head" in frozen and "embed_tokens" in frozen else 0
     return Generation(weights, cache, chunk, weights - idle)

@@ -24,6 +24,7 @@ class Context:
     cache_first: index of each row's first token in the KV cache, int32 [B], where rows are padded in front; else None.
     window: keys that a query sees, or None for all.
     mlp_chunk: tokens that pass through an MLP at a time, recomputed in the backward pass; None for all at once.
+    mlp_slices: as of `Execution`.
     parts: how the model is cut over the devices of a mesh; None on one device.
     fp8: which linears are computed in 8 bits; None for none.
     deterministic: as of `Execution`.
@@ -42,6 +43,7 @@ class Context:
     fp8: Fp8 | None = None
     deterministic: bool = False
     again: bool = False
+    mlp_slices: int = 1
 
 
 Cache: TypeAlias = dict[str, Array]
@@ -56,6 +58,7 @@ class Execution:
     unroll: one program for all layers instead of a loop over one layer's: faster where nothing is recomputed, and
         slower to compile.
     mlp_chunk: tokens that pass through an MLP at a time; None for all.
+    mlp_slices: of an MLP's width, one after the other for all tokens, at most, where MLPs can be cut so.
     parts: inside of a `shard_map`, how the trees are cut over its devices; arguments and results are this device's.
     fp8: which linears are computed in 8 bits; None for none.
     deterministic: without kernels whose sums have no fixed order.
@@ -70,6 +73,7 @@ class Execution:
     fp8: Fp8 | None = None
     deterministic: bool = False
     keeps: str | None = None
+    mlp_slices: int = 1
 
 
 PLAIN = Execution()

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float, Int
@@ -108,11 +109,13 @@ def block(
     if "attention_output_norm" in base:
         attended = norm(attended, base["attention_output_norm"], config)
     mlp = partial(_mlp, base=base, adapter=adapter.get("mlp", {}), context=context, config=config)
+    linears = Linears(base["mlp"], adapter.get("mlp", {}), context.adaptation, key, context.parts, context.fp8)
+    if context.mlp_slices > 1 and (slices := linears.slices(x, context.mlp_slices)) > 1:
+        return mlp(x + attended, None, split_key(key, 1), slices=slices), cache
     if context.mlp_chunk is None or x.shape[0] * x.shape[1] <= context.mlp_chunk:
         return mlp(x, attended, split_key(key, 1)), cache
     # Added before they are cut, which a product does while it writes: one array less in the loop and in its gradient.
     x, chunk = x + attended, context.mlp_chunk
-    linears = Linears(base["mlp"], adapter.get("mlp", {}), context.adaptation, key, context.parts, context.fp8)
     if slices := linears.slices(x, min(_MOST_SLICES, math.ceil(x.shape[0] * x.shape[1] / chunk))):
         mlp, chunk = partial(mlp, slices=slices), chunk * slices
     return _in_chunks(mlp, x, split_key(key, 1), chunk, of_rows=context.parts is not None), cache
@@ -254,7 +257,8 @@ def hidden_states(
         return carry, None
 
     carry: Carry = x, None if past is None else past.cache
-    layers = {} if one_token else adapters, jnp.arange(config.num_layers)
+    # Indices known at compile time: of an unrolled layer they are constants, and no launch.
+    layers = {} if one_token else adapters, np.arange(config.num_layers, dtype=np.int32)
     for start, stop, period in loops:
         cuts = [slice(first, stop, period) for first in range(start, start + period)]
         patterns = [jax.tree.map(lambda leaf, cut=cut: leaf[cut], layers) for cut in cuts]
@@ -300,6 +304,7 @@ def _contexts(
             fp8,
             execution.deterministic,
             execution.keeps is not None,
+            execution.mlp_slices,
         )
     return contexts
 

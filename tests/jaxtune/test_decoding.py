@@ -238,3 +238,19 @@ def test_on_a_gpu_tokens_are_made_of_packed_weights(batch: int) -> None:
     name, launches = ("nf4_matmul_row", 5) if batch == 1 else ("nf4_matmul", 8)
     assert text.count(f'name = "{name}"') == launches
     assert not [line for line in text.splitlines() if "dynamic_slice" in line and "ui8>" in line]
+
+
+def test_on_a_gpu_a_chunk_holds_slices_of_mlps_and_no_scores() -> None:
+    config = decoder_config(hidden_size=64, intermediate_size=512, head_dim=16)
+    generator = make_generator(config, jnp.bfloat16)
+
+    def run(frozen: Any, lora: Any, tokens: Any, first: Any) -> Any:
+        cache = empty_cache(config, 1, 256, jnp.bfloat16)
+        return prefill_chunk(frozen, lora, cache, tokens, 0, first, config, generator.adaptation, generator.dtype)
+
+    tokens, first = jnp.zeros((1, 128), jnp.int32), jnp.zeros(1, jnp.int32)
+    text = lower_for_cuda(run, generator.frozen, generator.lora, tokens, first)
+    assert 'name = "cached_attention"' in text
+    assert "128x256xf32" not in text
+    assert f"tensor<{2 * 512 // decoding.SLICES}x128xbf16>" in text
+    assert f"tensor<{2 * 512}x" not in text

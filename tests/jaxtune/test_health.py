@@ -73,7 +73,7 @@ def test_gpu_that_jax_does_not_use_fails(monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.parametrize(
     ("head", "on_host", "prompt", "compiled", "rate"),
-    [("dtype", False, 2048, 5.93, 1013.6), ("nf4", False, 2048, 5.204, 1213.4), ("nf4", True, 448, 4.038, 1213.4)],
+    [("dtype", False, 2048, 5.75, 1013.6), ("nf4", False, 2048, 5.024, 1213.4), ("nf4", True, 448, 3.858, 1213.4)],
 )
 def test_generation_is_planned_as_it_is_compiled(
     head: Any, on_host: bool, prompt: int, compiled: float, rate: float
