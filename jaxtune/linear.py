@@ -11,6 +11,7 @@ from jax import Array
 from jaxtyping import Float
 
 from jaxtune.parts import ROW_PARALLEL, Parts
+from pallas_kernels.attention import AttentionParts
 from pallas_kernels.glu_linear import glu_linear
 from pallas_kernels.lora_linear import Projection, grouped_lora_linear
 from pallas_kernels.norm_linear import norm_linear
@@ -122,8 +123,9 @@ class Linears:
             scaling=self.adaptation.scaling,
         )
 
-    def apply(self, name: str, x: Float[Array, "*M K"]) -> Float[Array, "*M N"]:
-        """The named layer on x; over several devices along the tensor axis, one whose input is cut."""
+    def apply(self, name: str, x: Float[Array, "*M K"] | AttentionParts) -> Float[Array, "*M N"]:
+        """The named layer on x, or on what attention left in parts; over several devices along the tensor axis, one
+        whose input is cut."""
         y = grouped_lora_linear(x, [self._projection(name)], **self._adapters_act(name, x.shape))
         return y if self.parts is None else self.parts.left(y)
 

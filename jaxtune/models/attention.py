@@ -13,8 +13,8 @@ from jaxtune.models.config import DecoderConfig
 from jaxtune.models.context import Cache, Context
 from jaxtune.models.norm import norm
 from pallas_kernels._stack import StackLayer, written
-from pallas_kernels.attention import attention, cached_attention
-from pallas_kernels.rope import rope, split_rope, split_rope_into_cache
+from pallas_kernels.attention import AttentionParts, attention, attention_into_cache, cached_attention
+from pallas_kernels.rope import rope, split_rope
 
 
 def self_attention(
@@ -48,6 +48,7 @@ def self_attention(
         q, k, v = split_rope(qkv, context.cos, context.sin, heads=heads, kv_heads=kv_heads)
     form: Any = {"window": context.window, "cap": config.attention_cap, "scale": config.attention_scale}
     in_training = form | {"deterministic": context.deterministic}
+    out: Any
     if cache is None and context.parts is not None:
         q, k, v = context.parts.by_heads(q, k, v)
         segment_ids = context.parts.rows(context.segment_ids)
@@ -56,12 +57,15 @@ def self_attention(
         out = attention(q, k, v, segment_ids=context.segment_ids, **in_training)
     else:
         keys, values = (StackLayer(cache[name], layer) for name in ("k", "v"))
-        start = context.cache_start
+        start, seen = context.cache_start, form | {"first": context.cache_first}
         if "q_norm" in linears.base:
             cache = {"k": written(keys, k, start), "v": written(values, v, start)}
+            keys, values = (StackLayer(cache[name], layer) for name in ("k", "v"))
+            out = cached_attention(q, keys, values, start, joined=False, **seen)
         else:
-            q, *new = split_rope_into_cache(qkv, context.cos, context.sin, keys, values, start, heads=heads)
+            angles = context.cos, context.sin
+            out, *new = attention_into_cache(qkv, *angles, keys, values, start, heads=heads, **seen)
             cache = dict(zip("kv", new, strict=True))
-        keys, values = (StackLayer(cache[name], layer) for name in ("k", "v"))
-        out = cached_attention(q, keys, values, context.cache_start, first=context.cache_first, **form)
+        if isinstance(out, AttentionParts):
+            return linears.apply("o_proj", out), cache
     return linears.apply("o_proj", out.reshape(b, t, -1)), cache

@@ -33,7 +33,8 @@ Tree = Mapping[str, Any]
 _MOST_SLICES = 8
 # The norms that `norm_linear` takes in.
 _BEFORE_LINEARS = "input_layernorm", "post_attention_layernorm"
-Carry = tuple[Array, Cache | None]
+# The residual stream, what is still to be added to it (or None), and the cache.
+Carry = tuple[Array, Array | None, Cache | None]
 # What sets layers apart beside their weights: how far their queries see, and what is computed in 8 bits.
 Kind = tuple[int | None, Fp8 | None]
 # Rows of a table in host memory that are on their way at once.
@@ -81,7 +82,8 @@ def block(
     key: Array | None = None,
     cache: Cache | None = None,
     layer: Array | int = 0,
-) -> tuple[Float[Array, "B T D"], Cache | None]:
+    pending: Float[Array, "B T D"] | None = None,
+) -> Carry:
     """One layer: x plus attention, plus MLP, each on its normalised input.
 
     Args:
@@ -89,9 +91,11 @@ def block(
         base, adapter: this layer's subtrees, without the layer axis; an adapter may be {} or lack any linear.
         key: of dropout in this layer, or None.
         cache: keys and values of all layers, or None in training. layer: this one's index there.
+        pending: what the layer before left to be added to x, which the first norm does on its way; None where layers
+            add up their own.
 
     Returns:
-        The residual stream after the layer, and the cache with the new tokens.
+        The residual stream after the layer, what is still to be added to it, and the cache with the new tokens.
     """
     x = checkpoint_name(x, "layer_input")
     attention = Linears(
@@ -103,22 +107,30 @@ def block(
         context.fp8,
     )
     qkv, x = attention.after_norm(
-        ("q_proj", "k_proj", "v_proj"), x, base["input_layernorm"], **_norm_form(config), name="qkv"
+        ("q_proj", "k_proj", "v_proj"), x, base["input_layernorm"], pending, **_norm_form(config), name="qkv"
     )
     attended, cache = self_attention(qkv, attention, context, config, cache, layer)
     if "attention_output_norm" in base:
         attended = norm(attended, base["attention_output_norm"], config)
-    mlp = partial(_mlp, base=base, adapter=adapter.get("mlp", {}), context=context, config=config)
+    mlp_parts = partial(_mlp, base=base, adapter=adapter.get("mlp", {}), context=context, config=config)
+    if pending is not None:
+        return *mlp_parts(x, attended, split_key(key, 1)), cache
+
+    def mlp(*arguments: Any, slices: int | None = None) -> Array:
+        stream, out = mlp_parts(*arguments, slices=slices)
+        return stream + out
+
     linears = Linears(base["mlp"], adapter.get("mlp", {}), context.adaptation, key, context.parts, context.fp8)
     if context.mlp_slices > 1 and (slices := linears.slices(x, context.mlp_slices)) > 1:
-        return mlp(x + attended, None, split_key(key, 1), slices=slices), cache
+        return mlp(x + attended, None, split_key(key, 1), slices=slices), None, cache
     if context.mlp_chunk is None or x.shape[0] * x.shape[1] <= context.mlp_chunk:
-        return mlp(x, attended, split_key(key, 1)), cache
+        return mlp(x, attended, split_key(key, 1)), None, cache
     # Added before they are cut, which a product does while it writes: one array less in the loop and in its gradient.
     x, chunk = x + attended, context.mlp_chunk
     if slices := linears.slices(x, min(_MOST_SLICES, math.ceil(x.shape[0] * x.shape[1] / chunk))):
-        mlp, chunk = partial(mlp, slices=slices), chunk * slices
-    return _in_chunks(mlp, x, split_key(key, 1), chunk, of_rows=context.parts is not None), cache
+        chunk *= slices
+    in_slices = partial(mlp, slices=slices or None)
+    return _in_chunks(in_slices, x, split_key(key, 1), chunk, of_rows=context.parts is not None), None, cache
 
 
 def _mlp(
@@ -131,9 +143,9 @@ def _mlp(
     context: Context,
     config: DecoderConfig,
     slices: int | None = None,
-) -> Float[Array, "B T D"]:
-    """The residual stream with attention's output, if it is not in there, and then the MLP's added to it; every token
-    for itself. slices: of the MLP's width, one at a time."""
+) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"]]:
+    """The residual stream with attention's output added, if it is not in there, and the MLP's, which is not; every
+    token for itself. slices: of the MLP's width, one at a time."""
     mlp = Linears(base["mlp"], adapter, context.adaptation, key, context.parts, context.fp8, context.again)
     if slices is not None:
         out, x = mlp.in_slices(
@@ -151,7 +163,7 @@ def _mlp(
         out = mlp.after_glu("down_proj", gate_up, config.activation)
     if "mlp_output_norm" in base:
         out = norm(out, base["mlp_output_norm"], config)
-    return x + out
+    return x, out
 
 
 def _in_chunks(mlp: Callable[..., Array], x: Array, key: Array | None, chunk: int, *, of_rows: bool) -> Array:
@@ -223,7 +235,8 @@ def hidden_states(
 
     # The cache is carried: as an input and output of the loop it would exist twice. Weights are picked from their stack
     # inside of what is recomputed: what waits for the backward pass is the stack, and no layer's copy.
-    def layer(shared: Any, x: Array, cache: Cache | None, adapter: Any, index: Array, kind: Kind) -> Carry:
+    def layer(shared: Any, carry: Carry, adapter: Any, index: Array, kind: Kind) -> Carry:
+        x, pending, cache = carry
         stack, angles, segment_ids, dropout_key = shared
         cos, sin = angles[list(contexts).index(kind)]
         context = dataclasses.replace(contexts[kind], cos=cos, sin=sin, segment_ids=segment_ids)
@@ -234,20 +247,20 @@ def hidden_states(
         if parts is not None:
             base, adapter = parts.layer(base, adapter)
         key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
-        return block(x, base, adapter, context, config, key, cache, index)
+        return block(x, base, adapter, context, config, key, cache, index, pending)
 
     adapters, loops = lora.get("layers", {}), _loops(kinds, len(config.windows))
     if execution.keeps is not None:
 
         def without_cache(shared: Any, x: Array, adapter: Any, index: Array, kind: Kind) -> Array:
-            return layer(shared, x, None, adapter, index, kind)[0]
+            return layer(shared, (x, None, None), adapter, index, kind)[0]
 
         plan = Loops(without_cache, loops, kinds, execution.keeps == "host", execution.unroll)
         x = from_inputs(plan, x, adapters, None if trained is None else trained.get("layers", {}), shared)
         return norm(x, frozen["norm"], config), None
 
     def scanned(carry: Carry, inputs: tuple[Any, Array], kind: Kind) -> tuple[Carry, None]:
-        return layer(shared, *carry, *inputs, kind), None
+        return layer(shared, carry, *inputs, kind), None
 
     wrapped = {kind: (execution.remat or _keep_all_but_weights)(partial(scanned, kind=kind)) for kind in contexts}
 
@@ -256,7 +269,7 @@ def hidden_states(
             carry, _ = wrapped[kind](carry, of_layer)
         return carry, None
 
-    carry: Carry = x, None if past is None else past.cache
+    carry: Carry = x, jnp.zeros_like(x) if one_token else None, None if past is None else past.cache
     # Indices known at compile time: of an unrolled layer they are constants, and no launch.
     layers = {} if one_token else adapters, np.arange(config.num_layers, dtype=np.int32)
     for start, stop, period in loops:
@@ -264,8 +277,8 @@ def hidden_states(
         patterns = [jax.tree.map(lambda leaf, cut=cut: leaf[cut], layers) for cut in cuts]
         in_order = partial(pattern, kinds=kinds[start : start + period])
         carry, _ = lax.scan(in_order, carry, patterns, unroll=execution.unroll)
-    x, cache = carry
-    return norm(x, frozen["norm"], config), cache
+    x, pending, cache = carry
+    return norm(x if pending is None else x + pending, frozen["norm"], config), cache
 
 
 def _kinds(config: DecoderConfig, fp8: Fp8 | None) -> list[Kind]:

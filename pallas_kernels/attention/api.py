@@ -11,8 +11,10 @@ from jaxtyping import Float, Int
 from pallas_kernels._dispatch import choose
 from pallas_kernels._stack import StackLayer, picked
 from pallas_kernels.attention import cached, cudnn, mosaic_gpu, triton
+from pallas_kernels.attention.parts import AttentionParts
 from pallas_kernels.attention.reference import attention_reference, visible
 from pallas_kernels.attention.xla import Form, attention_xla
+from pallas_kernels.rope import split_rope_into_cache
 
 
 def attention(
@@ -83,8 +85,9 @@ def cached_attention(
     window: int | None = None,
     cap: float | None = None,
     scale: float | None = None,
+    joined: bool = True,
     implementation: str | None = None,
-) -> Float[Array, "B T N H"]:
+) -> Float[Array, "B T N H"] | AttentionParts:
     """Attention of T new tokens to a cache that already holds them: query t stands at index start + t of the S cached
     keys.
 
@@ -95,10 +98,12 @@ def cached_attention(
         first: int32 [B], index of each row's first token: what stands before it is padding, which no query sees; None
             where no row is padded. Queries that are padding themselves give finite values without meaning.
         window, cap, scale: as in `attention`.
+        joined: without it, what was computed in parts is returned in parts, which the linear layer behind puts together
+            (`grouped_lora_linear`).
         implementation: "triton", "xla", or None to choose.
 
     Returns:
-        [B, T, N, H] in q's dtype.
+        [B, T, N, H] in q's dtype, or where it is not `joined` its parts.
 
     Raises:
         NotImplementedError: the named implementation cannot serve this call; the text says why.
@@ -107,12 +112,56 @@ def cached_attention(
     _check_positive(window, cap)
     candidates = {"triton": lambda: cached.unsupported_reason(q, k_cache), "xla": lambda: None}
     if choose("cached_attention", implementation, candidates) == "triton":
-        return cached.cached_attention_triton(q, k_cache, v_cache, start, first, Form(scale, window, cap))
+        out = cached.cached_attention_triton(q, k_cache, v_cache, start, first, Form(scale, window, cap))
+        return out.joined().reshape(q.shape) if joined and isinstance(out, AttentionParts) else out
     keys = jnp.arange(k_cache.shape[1])
     mask = visible(start + jnp.arange(q.shape[1]), keys, None, None, window)
     if first is not None:
         mask = mask & (keys >= first[:, None])[:, None]
     return attention_reference(q, picked(k_cache), picked(v_cache), mask, scale, cap)
+
+
+def attention_into_cache(
+    qkv: Float[Array, "B T width"],
+    cos: Float[Array, "B T half"],
+    sin: Float[Array, "B T half"],
+    keys: StackLayer,
+    values: StackLayer,
+    start: Int[Array, ""] | int,
+    *,
+    heads: int,
+    first: Int[Array, " B"] | None = None,
+    window: int | None = None,
+    cap: float | None = None,
+    scale: float | None = None,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "B T N H"] | AttentionParts, Float[Array, "L B S K H"], Float[Array, "L B S K H"]]:
+    """`split_rope_into_cache` of new tokens and their `cached_attention`, not joined.
+
+    Args:
+        qkv, cos, sin, keys, values, start, heads: as in `split_rope_into_cache`.
+        first, window, cap, scale: as in `cached_attention`.
+        implementation: "triton" (of one new token, in one launch), "apart" (the two ops, each as it chooses), or None
+            to choose.
+
+    Returns:
+        Attention's output or its parts, and the stacks of keys and values with the new tokens.
+
+    Raises: as `split_rope_into_cache`.
+    """
+    kv_heads, width = keys.shape[2:]
+    by_head = qkv.reshape(*qkv.shape[:2], heads + 2 * kv_heads, width)
+    one = "it serves one new token" if qkv.shape[1] != 1 else None
+    candidates = {"triton": lambda: one or cached.unsupported_reason(by_head, keys), "apart": lambda: None}
+    if choose("attention_into_cache", implementation, candidates) == "triton":
+        _check_positive(window, cap)
+        form = Form(width**-0.5 if scale is None else scale, window, cap)
+        out, (k, v) = cached.attention_into_cache_triton(by_head, cos, sin, keys, values, start, first, form)
+        return out, k, v
+    q, k, v = split_rope_into_cache(qkv, cos, sin, keys, values, start, heads=heads)
+    layers = StackLayer(k, keys.index), StackLayer(v, values.index)
+    settings: Any = {"first": first, "window": window, "cap": cap, "scale": scale, "joined": False}
+    return cached_attention(q, *layers, start, **settings), k, v
 
 
 def _check_positive(window: int | None, cap: float | None) -> None:

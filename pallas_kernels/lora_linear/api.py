@@ -6,8 +6,10 @@ from jax import Array
 from jaxtyping import Float, Key
 
 from pallas_kernels._dispatch import choose
+from pallas_kernels.attention.parts import AttentionParts
 from pallas_kernels.lora_linear import few_rows
 from pallas_kernels.lora_linear.fp8 import lora_linear_fp8
+from pallas_kernels.lora_linear.one_row import joined_low_row
 from pallas_kernels.lora_linear.projection import (
     Group,
     Projection,
@@ -70,7 +72,7 @@ def lora_linear(
 
 
 def grouped_lora_linear(
-    x: Float[Array, "*M K"],
+    x: Float[Array, "*M K"] | AttentionParts,
     group: Group,
     *,
     scaling: float = 1.0,
@@ -81,7 +83,7 @@ def grouped_lora_linear(
     """`lora_linear` for several layers that share x, as one product.
 
     Args:
-        x: [..., K].
+        x: [..., K], or the parts of attention that is.
         group: the layers; each may or may not have an adapter, and each has dropout of its own. Where any is marked
             `fp8`, the implementation "fp8" is the one that serves the group, and takes it.
 
@@ -99,6 +101,11 @@ def grouped_lora_linear(
         "xla": lambda: exact_reason(group),
     }
     chosen = choose("lora_linear", implementation, candidates)
+    if isinstance(x, AttentionParts):
+        if chosen == "few_rows" and few_rows.reads_stacks(x, group, dropout_key):
+            whole, low = joined_low_row(x, group, scaling)
+            return few_rows.row_product(whole, group, low).reshape(*x.shape[:-1], -1)
+        x = x.joined()
     rows = x.reshape(-1, x.shape[-1])
     group = (
         tuple(group)

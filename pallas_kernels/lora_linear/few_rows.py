@@ -27,7 +27,7 @@ from pallas_kernels.nf4_matmul.triton import FUSED_ROWS, can_fuse
 from pallas_kernels.nf4_matmul.triton import unsupported_reason as product_reason
 
 
-def unsupported_reason(x: Array, group: Group) -> str | None:
+def unsupported_reason(x: Any, group: Group) -> str | None:
     """Why these layers cannot take x [..., K] here, or None."""
     rows: Any = jax.ShapeDtypeStruct((x.size // x.shape[-1] if x.shape[-1] else 0, x.shape[-1]), x.dtype)
     if (reason := exact_reason(group)) is not None:
@@ -42,7 +42,7 @@ def unsupported_reason(x: Array, group: Group) -> str | None:
     return None
 
 
-def reads_stacks(x: Array, group: Group, dropout_key: Array | None) -> bool:
+def reads_stacks(x: Any, group: Group, dropout_key: Array | None) -> bool:
     """Whether x [..., K] is one row and adapters of this group are layers of stacks, to be read where they lie."""
     return dropout_key is None and x.size == x.shape[-1] and any(isinstance(p.lora_a, StackLayer) for p in group)
 

@@ -1,4 +1,5 @@
-"""What comes before the products of one row, in generation: norm or gated unit together with the adapters' low rank.
+"""What comes before the products of one row, in generation: norm, gated unit or the joining of attention's parts,
+together with the adapters' low rank.
 
 Why it exists: for one token a step is a chain of small launches, each of which waits for the one before it. Here the
 products with all lora_a of a group take in what makes their input, which every program makes for itself. The adapters
@@ -8,6 +9,7 @@ where they round), the products' sums in float32. No gradients.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -20,6 +22,7 @@ from jax.experimental.pallas import triton as plt
 
 from pallas_kernels._stack import StackLayer, as_stack_layer
 from pallas_kernels._triton import WHOLE, load_f32, masked_span, triton_call
+from pallas_kernels.attention.parts import AttentionParts, divisor
 from pallas_kernels.glu.triton import gated
 from pallas_kernels.lora_linear.projection import Group
 from pallas_kernels.rms_norm.reference import scaled
@@ -79,6 +82,32 @@ def low_row(x: Array, group: Group, scaling: float) -> Array:
     k = x.shape[1]
     (low,) = _low(make, [x[0]], 0, (k, min(_CHUNK, pl.next_power_of_2(k))), x.dtype, group, scaling, "low_row")
     return low
+
+
+def joined_low_row(x: AttentionParts, group: Group, scaling: float) -> tuple[Array, Array]:
+    """Parts of attention of one token -> the whole [1, K] and its products with the lora_a, float32 [1, sum of R]."""
+    _, parts, n, h = x.out.shape
+
+    def make(refs: Any, columns: Any, inside: Array | None) -> tuple[Array]:
+        out_ref, highest_ref, total_ref = refs
+        count = columns.size // h
+        heads = columns.start // h + lax.iota(jnp.int32, count)
+        there, at = None if inside is None else heads < n, lax.iota(jnp.int32, h)[None]
+        everywhere = None if there is None else jnp.broadcast_to(there[:, None], (count, h))
+        each = [load_f32(highest_ref.at[part, heads], there) for part in range(parts)]
+        most = functools.reduce(jnp.maximum, each)
+        sums, total = jnp.zeros((count, h), jnp.float32), jnp.zeros(count, jnp.float32)
+        for part, highest in enumerate(each):
+            weight = jnp.exp(highest - most)
+            total += weight * load_f32(total_ref.at[part, heads], there)
+            sums += weight[:, None] * load_f32(out_ref.at[part, heads[:, None], at], everywhere)
+        return ((sums / divisor(total)[:, None]).astype(x.dtype).reshape(columns.size),)
+
+    k = n * h
+    size = min(_CHUNK, pl.next_power_of_2(k))
+    operands = [x.out[0], x.highest[0], x.total[0]]
+    whole, low = _low(make, operands, 1, (k, size), jnp.dtype(x.dtype), group, scaling, "join_low_row")
+    return whole, low
 
 
 def normed_reason(width: int) -> str | None:

@@ -23,6 +23,7 @@ from jaxtune.models.config import DecoderConfig
 from jaxtune.models.decoder import embed, hidden_states, logits
 from jaxtune.sampling import Sampling
 from pallas_kernels._device import lower_for_cuda
+from pallas_kernels._triton import interpreted
 from pallas_kernels.nf4 import quantize
 
 LORA = LoraConfig(r=4, lora_alpha=16)
@@ -238,6 +239,31 @@ def test_on_a_gpu_tokens_are_made_of_packed_weights(batch: int) -> None:
     name, launches = ("nf4_matmul_row", 5) if batch == 1 else ("nf4_matmul", 8)
     assert text.count(f'name = "{name}"') == launches
     assert not [line for line in text.splitlines() if "dynamic_slice" in line and "ui8>" in line]
+
+
+@pytest.mark.parametrize("tokens", [1, 96])
+def test_kernels_give_what_the_definition_does(tokens: int) -> None:
+    """A token, and a chunk, after others, as a GPU computes them: cache and logits as near to float32's as without."""
+    config = decoder_config(hidden_size=64, intermediate_size=512, head_dim=16)
+    rng, start = np.random.default_rng(tokens), 100
+    ids = jnp.asarray(rng.integers(0, config.vocab_size, (1, tokens)), jnp.int32)
+    past = {name: rng.standard_normal(leaf.shape) for name, leaf in empty_cache(config, 1, 256, jnp.float32).items()}
+
+    def run(dtype: Any) -> list[np.ndarray]:
+        generator = make_generator(config, dtype)
+        cache = {name: jnp.asarray(some, jnp.bfloat16).astype(dtype) for name, some in past.items()}
+        rest = (config, generator.adaptation, jnp.dtype(dtype))
+        after, last = decoding._forward(
+            generator.frozen, generator.lora, ids, cache, jnp.int32(start), jnp.asarray([7]), *rest
+        )
+        new = [after[name][:, :, start : start + tokens] for name in "kv"]
+        return [np.asarray(x, np.float32) for x in (*new, last)]
+
+    true, own = run(jnp.float32), run(jnp.bfloat16)
+    with interpreted():
+        got = run(jnp.bfloat16)
+    for ours, theirs, wanted in zip(got, own, true, strict=True):
+        assert np.linalg.norm(ours - wanted) <= 1.5 * np.linalg.norm(theirs - wanted)
 
 
 def test_on_a_gpu_a_chunk_holds_slices_of_mlps_and_no_scores() -> None:

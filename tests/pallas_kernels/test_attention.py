@@ -13,8 +13,9 @@ from pallas_kernels import StackLayer
 from pallas_kernels._device import assume_capability, lower_for_cuda
 from pallas_kernels._dispatch import record_choices
 from pallas_kernels._triton import interpreted
-from pallas_kernels.attention import attention, cached_attention
+from pallas_kernels.attention import AttentionParts, attention, attention_into_cache, cached_attention
 from pallas_kernels.attention import xla as attention_xla_module
+from pallas_kernels.rope import split_rope
 
 B, N, K, H = 2, 6, 2, 10
 
@@ -238,6 +239,67 @@ def test_a_chunk_of_queries_through_triton(
     true = np.asarray(cached_attention(*exact, start, implementation="xla", **form))
     is_text = (start + np.arange(length) >= np.asarray(first or [0, 0])[:, None])[..., None, None]
     assert np.linalg.norm((got - true) * is_text) <= 1.5 * np.linalg.norm((own - true) * is_text)
+
+
+@pytest.mark.parametrize(
+    ("heads", "half", "capacity", "start", "first", "window", "cap"),
+    [
+        ((8, 2), 16, 300, 150, [7, 150], None, None),
+        ((6, 2), 8, 200, 199, None, 50, 3.0),
+        ((4, 4), 16, 64, 0, [0, 0], 1, None),
+        ((16, 1), 12, 60, 30, None, None, None),
+    ],
+)
+def test_one_token_goes_into_its_cache_and_attends(
+    heads: tuple[int, int],
+    half: int,
+    capacity: int,
+    start: int,
+    first: list[int] | None,
+    window: int | None,
+    cap: float | None,
+) -> None:
+    """In one launch as in two ops; heads turned whole and in part, caches in one part and in several. What was in the
+    token's place is NaN."""
+    rng = np.random.default_rng(start)
+    (n, kv), width = heads, 32
+    qkv = jnp.asarray(rng.standard_normal((2, 1, (n + 2 * kv) * width)), jnp.bfloat16)
+    cache = rng.standard_normal((2, 3, 2, capacity, kv, width))
+    cache[:, :, :, start:] = np.nan
+    keys, values = (StackLayer(jnp.asarray(some, jnp.bfloat16), jnp.int32(1)) for some in cache)
+    angles = rng.standard_normal((2, 1, half))
+    cos, sin = jnp.asarray(np.cos(angles), jnp.float32), jnp.asarray(np.sin(angles), jnp.float32)
+    begin = None if first is None else jnp.asarray(first, jnp.int32)
+    form: Any = {"heads": n, "first": begin, "window": window, "cap": cap}
+    with interpreted():
+        out, *stacks = attention_into_cache(
+            qkv, cos, sin, keys, values, jnp.int32(start), implementation="triton", **form
+        )
+    own, *theirs = attention_into_cache(qkv, cos, sin, keys, values, jnp.int32(start), implementation="apart", **form)
+    for got, wanted in zip(stacks, theirs, strict=True):
+        np.testing.assert_array_equal(got.astype(jnp.float32), wanted.astype(jnp.float32))
+    whole = out.joined() if isinstance(out, AttentionParts) else out
+    assert isinstance(out, AttentionParts) == (capacity > 64)
+    seen = [jnp.nan_to_num(stack[1].astype(jnp.float32)) for stack in theirs]
+    q = split_rope(qkv, cos, sin, heads=n, kv_heads=kv)[0].astype(jnp.float32)
+    true = np.asarray(cached_attention(q, *seen, start, first=begin, window=window, cap=cap, implementation="xla"))
+    clean = [StackLayer(jnp.nan_to_num(stack), 1) for stack in theirs]
+    q16 = q.astype(jnp.bfloat16)
+    own = cached_attention(q16, *clean, start, first=begin, window=window, cap=cap, implementation="xla")
+    error = np.linalg.norm(np.asarray(whole, np.float32).reshape(true.shape) - true)
+    assert error <= 1.5 * np.linalg.norm(np.asarray(own, np.float32) - true)
+
+
+def test_one_token_lowers_for_a_gpu() -> None:
+    qkv, cache, angles = jnp.zeros((1, 1, 12 * 128), jnp.bfloat16), jnp.zeros((3, 1, 512, 2, 128), jnp.bfloat16), 64
+
+    def step(qkv: Any, k: Any, v: Any, cos: Any, start: Any) -> Any:
+        layers = [StackLayer(each, jnp.int32(2)) for each in (k, v)]
+        return attention_into_cache(qkv, cos, cos, *layers, start, heads=8, implementation="triton")
+
+    text = lower_for_cuda(step, qkv, cache, cache, jnp.zeros((1, 1, angles)), jnp.int32(7))
+    assert text.count('name = "cached_attention"') == 1
+    assert "rope_into_cache" not in text
 
 
 @pytest.mark.parametrize("length", [1, 70])

@@ -3,6 +3,8 @@ interpreter."""
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +13,7 @@ import pytest
 from pallas_kernels import Projection, StackLayer, glu_linear, grouped_lora_linear, norm_linear
 from pallas_kernels._device import lower_for_cuda
 from pallas_kernels._triton import interpreted
+from pallas_kernels.attention import AttentionParts
 from pallas_kernels.nf4 import NF4Layer, quantize
 
 LAYERS, LAYER = 3, jnp.int32(1)
@@ -84,6 +87,24 @@ def test_low_rank_alone_and_several_rows() -> None:
         assert_as_close(got, alone, grouped_lora_linear(x.astype(jnp.float32), [exact(own)], scaling=2.0))
 
 
+@pytest.mark.parametrize(("heads", "width", "rows"), [(8, 32, 1), (3, 128, 1), (40, 128, 1), (4, 16, 2)])
+def test_parts_of_attention_are_joined(heads: int, width: int, rows: int) -> None:
+    """Widths that are a power of two and not, and beyond one span; some parts saw nothing; rows that are several."""
+    in_stack, own = stacked(64, heads * width, 6)
+    out, highest, total = (
+        jnp.asarray(RNG.standard_normal((rows, 4, heads, *more)), jnp.float32) for more in ((width,), (), ())
+    )
+    highest = highest.at[:, 2].set(float(jnp.finfo(jnp.float32).min))
+    parts = AttentionParts(out.at[:, 2].set(0.0), 3 * highest, jnp.abs(total).at[:, 2].set(0.0), "bfloat16")
+    with interpreted():
+        got, alone = (
+            grouped_lora_linear(x, [p], scaling=2.0, implementation="few_rows")
+            for x, p in ((parts, in_stack), (parts.joined(), own))
+        )
+    exact_parts = dataclasses.replace(parts, dtype="float32")
+    assert_as_close(got, alone, grouped_lora_linear(exact_parts, [exact(own)], scaling=2.0, implementation="xla"))
+
+
 def test_dropout_is_not_left_out() -> None:
     """An adapter in a stack is taken out of it where one-row kernels, which have no dropout, would not do."""
     in_stack, own = stacked(64, 192, 4)
@@ -101,9 +122,12 @@ def test_kernels_lower_for_a_gpu() -> None:
     def step(x: jax.Array, gate_up: jax.Array, scale: jax.Array) -> tuple[jax.Array, ...]:
         y, total = norm_linear(x, StackLayer(scale, LAYER), [p, p], eps=1e-5, implementation="few_rows")
         low = grouped_lora_linear(x, [p], implementation="few_rows")
+        shapes = (1, 8, 2, 128), (1, 8, 2), (1, 8, 2)
+        parts = AttentionParts(*(jnp.zeros(shape) for shape in shapes), "bfloat16")
+        low += grouped_lora_linear(parts, [p], implementation="few_rows")
         return y, total, low, glu_linear(gate_up, wide, implementation="few_rows")
 
     text = lower_for_cuda(step, draw(1, 256), draw(1, 2 * 8192), draw(LAYERS, 256))
     product = "nf4_matmul_row" if jax.__version_info__ < (0, 11) else "mosaic_gpu"
-    for name in ("norm_low_row", "low_row", "glu_low_row", product):
+    for name in ("norm_low_row", "low_row", "join_low_row", "glu_low_row", product):
         assert name in text
