@@ -3,9 +3,11 @@
     python benchmarks/peers/generate.py --system hf --model /tmp/llama3-8b-random
 
 The work is that of `benchmarks/bench_generate.py`: NF4 with double quantisation, an adapter of rank 16 on all seven
-linears, greedy, random prompts, a fixed number of new tokens. A token's time is what `generate` takes for all of them
-less what it takes for the first one, which is the prompt's; medians of several calls after one that warms up. Packages
-are those of `qlora.py`, which loads the model. The peak is that of torch's allocator, from after loading on.
+linears, greedy, random prompts, a fixed number of new tokens, embedding and head in bfloat16 on the device. A token's
+time is what `generate` takes for all of them less what it takes for the first one, which is the prompt's; medians of
+several calls after one that warms up. Packages are those of `qlora.py`, which loads the model. The peak is that of
+torch's allocator, from after loading on. Rows have the names of `bench_generate.py`'s, and the system's; a case that
+fails is one, with the reason.
 """
 
 from __future__ import annotations
@@ -19,13 +21,13 @@ from importlib.metadata import version
 from typing import Any
 
 from load_models import load_hf, load_unsloth
-from qlora import PACKAGES, Case
+from qlora import FAILURES, PACKAGES, Case
 
 # batch, tokens of each prompt, tokens to make.
 CASES = {
-    "batch-1": (1, 64, 128),
-    "batch-16": (16, 64, 128),
-    "prompt-2048": (1, 2048, 32),
+    "batch-1": (1, 64, 256),
+    "batch-16": (16, 64, 256),
+    "prompt-2048": (1, 2048, 64),
 }
 
 
@@ -57,6 +59,7 @@ def measure(model: Any, name: str, new: int | None, repeats: int) -> dict[str, A
         assert out.shape == (batch, prompt + tokens), out.shape
         return time.perf_counter() - begun
 
+    held = torch.cuda.memory_allocated() if on_gpu else None
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
     seconds(2)
@@ -68,10 +71,14 @@ def measure(model: Any, name: str, new: int | None, repeats: int) -> dict[str, A
         "batch": batch,
         "prompt": prompt,
         "new": count,
+        "head": "dtype",
+        "embedding_on_host": False,
+        "compute": "bfloat16",
         "tokens_per_s": round(batch / a_token, 1),
         "ms_per_token": round(a_token * 1e3, 3),
         "spread_ms": round((max(each) - min(each)) * 1e3, 3),
         "ms_to_first_token": round(first * 1e3, 1),
+        "weights_gib": None if held is None else round(held / 2**30, 3),
         "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 3) if on_gpu else None,
     }
 
@@ -101,7 +108,10 @@ def main() -> None:
         sys.stdin.readline()
     versions = {name: version(name) for name in PACKAGES[options.system]}
     for name in options.cases:
-        row = measure(model, name, options.new, options.repeats)
+        try:
+            row = measure(model, name, options.new, options.repeats)
+        except FAILURES as error:
+            row = {"case": name, "failed": f"{type(error).__name__}: {error}"[:500]}
         print(json.dumps({"system": options.system, **row, "versions": versions}), flush=True)
 
 
