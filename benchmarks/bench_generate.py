@@ -69,6 +69,7 @@ CASES = {
     "batch-1": Case(1, 64, 256),
     "batch-16": Case(16, 64, 256),
     "prompt-2048": Case(1, 2048, 64),
+    "prompt-2048-host": Case(1, 2048, 64, embedding_on_host=True),
     "prompt-2048-nf4-head": Case(1, 2048, 64, "nf4"),
     "prompt-2048-least": Case(1, 2048, 64, "nf4", embedding_on_host=True),
     "edge-512": Case(1, 448, 64, "nf4", embedding_on_host=True),

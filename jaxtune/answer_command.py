@@ -82,7 +82,11 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--dtype", default="auto", choices=["auto", "bf16", "fp16", "fp32"], help="compute dtype")
     group.add_argument("--no-4bit", action="store_true", help="hold the weights in the compute dtype instead of NF4")
     group.add_argument("--head", default="dtype", choices=["dtype", "int8", "nf4"], help="how the output head is held")
-    group.add_argument("--embedding-on-host", action="store_true", help="the embedding table stays in host memory")
+    group.add_argument(
+        "--embedding-on-host",
+        action=argparse.BooleanOptionalAction,
+        help="the embedding table stays in host memory (on a GPU with memory of its own, unless it is the head, too)",
+    )
     group.add_argument("--local-files-only", action="store_true", help="never ask the hub")
     group.add_argument("--memory-limit", metavar="SIZE", help="of the GPU in all, such as 6GiB")
 

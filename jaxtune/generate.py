@@ -11,6 +11,7 @@ if __name__ == "__main__":
     sys.exit(main())
 
 import argparse
+import dataclasses
 import json
 import time
 from collections.abc import Callable, Mapping
@@ -25,11 +26,12 @@ from jaxtune.compile_cache import use_compile_cache
 from jaxtune.config import LoraConfig, ModelConfig, OutputConfig
 from jaxtune.decoding import Generator
 from jaxtune.device_memory import check_limit, limit_memory
+from jaxtune.devices import Device, this_device
 from jaxtune.errors import UserError
 from jaxtune.export import load_peft_adapter
 from jaxtune.export.modules import adapted_base
 from jaxtune.linear import Adaptation
-from jaxtune.loading import Source, adapter_tokenizer, read_hf_config
+from jaxtune.loading import Source, adapter_tokenizer, read_hf_config, resolve_source
 from jaxtune.lora import GROUP_OF_LINEAR, adaptation
 from jaxtune.models.config import DecoderConfig
 from jaxtune.samples import TextGenerator, encode_chat, encode_text, stop_ids
@@ -113,6 +115,13 @@ def read_sampling(options: argparse.Namespace) -> Sampling:
     return Sampling(options.temperature, **filters, repetition_penalty=options.repetition_penalty, seed=options.seed)
 
 
+def table_is_better_on_host(config: ModelConfig, device: Device) -> bool:
+    """Whether this model's embedding table takes room on the device for nothing: of all its rows a token needs one,
+    which a GPU reads from the host's memory itself."""
+    tied = DecoderConfig.from_hf(read_hf_config(resolve_source(config))).tie_word_embeddings
+    return not tied and not device.shared
+
+
 def load_from_arguments(options: argparse.Namespace) -> TextGenerator:
     """The model that the arguments name, within the memory that they give it."""
     limit_memory(options.memory_limit)
@@ -124,9 +133,11 @@ def load_from_arguments(options: argparse.Namespace) -> TextGenerator:
         local_files_only=options.local_files_only,
         load_in_4bit=not options.no_4bit,
         head=options.head,
-        embedding_on_host=options.embedding_on_host,
+        embedding_on_host=bool(options.embedding_on_host),
         dtype=options.dtype,
     )
+    if options.embedding_on_host is None:
+        config = dataclasses.replace(config, embedding_on_host=table_is_better_on_host(config, this_device()))
     cache = OutputConfig("-").compile_cache
     assert cache is not None
     use_compile_cache(cache)

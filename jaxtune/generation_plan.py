@@ -38,12 +38,20 @@ class Generation:
 
 
 def plan_generation(
-    hf_config: Mapping[str, Any], config: ModelConfig, lora: LoraConfig, dtype: Any, *, prompt: int, new: int
+    hf_config: Mapping[str, Any],
+    config: ModelConfig,
+    lora: LoraConfig,
+    dtype: Any,
+    *,
+    prompt: int,
+    new: int,
+    sliced: bool = True,
 ) -> Generation:
-    """Of one row: a prompt and new tokens, with a model and adapter of these shapes.
+    """Of one row: a prompt and new tokens, with a model and adapter of these shapes. sliced: whether MLPs are computed
+    in slices, as through Triton.
 
     A chunk's share is what XLA holds on an H200 for Llama shapes with an adapter: the widest linears decoded, which are
-    q, k and v or a slice of gate and up, and what layers give.
+    q, k and v or (a slice of) gate and up, and what layers give.
     """
     decoder, size = DecoderConfig.from_hf(hf_config), np.dtype(dtype).itemsize
     frozen = frozen_structure(hf_config, config, dtype)
@@ -52,8 +60,10 @@ def plan_generation(
     room = -(-(tokens + new) // CACHE_MULTIPLE) * CACHE_MULTIPLE
     cache = tree_bytes(jax.eval_shape(lambda: empty_cache(decoder, 1, room, dtype)))
     rows = {name: shape[0] for name, shape in decoder.linear_shapes().items()}
-    widest = max(rows["q_proj"] + 2 * rows["k_proj"], 2 * rows["gate_proj"] // SLICES)
-    chunk = (widest + 6 * min(tokens, CHUNK)) * decoder.hidden_size * size
+    widest, inner = max(rows["q_proj"] + 2 * rows["k_proj"], 2 * rows["gate_proj"] // SLICES), 6 * decoder.hidden_size
+    if not sliced:
+        widest, inner = 2 * rows["gate_proj"], 3 * rows["gate_proj"]
+    chunk = (widest * decoder.hidden_size + inner * min(tokens, CHUNK)) * size
     weights = tree_bytes(frozen) + adapter
     idle = tree_bytes(frozen["embed_tokens"]) if "lm_head" in frozen and "embed_tokens" in frozen else 0
     return Generation(weights, cache, chunk, weights - idle)

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -258,11 +258,15 @@ def planned_generation(device: Device) -> Check:
     """What answers of Llama-3-8B in 512 tokens would take of a device, and how fast they could be at most."""
     lines, values = ["estimated, not measured: Llama-3-8B NF4, r=16, one row of 512 tokens, prompt included"], {}
     # Where the device's memory is the host's, nothing is saved by holding the table there.
-    least: dict[str, Any] = {"head": "nf4"} | ({} if device.shared else {"embedding_on_host": True})
-    flags = "--head nf4" + ("" if device.shared else " --embedding-on-host")
-    for name, settings in {"head and embedding in 16 bits": {}, flags: least}.items():
-        model, dtype = ModelConfig("random weights", **settings), resolve_dtype(device.compute_dtype)
-        plan = plan_generation(LLAMA_3_8B, model, LoraConfig(r=16), dtype, prompt=448, new=64)
+    on_host = not device.shared
+    whole = "head in 16 bits, embedding in host memory" if on_host else "head and embedding in 16 bits"
+    heads: dict[str, Literal["dtype", "nf4"]] = {whole: "dtype", "--head nf4": "nf4"}
+    sliced = device.capability is not None and device.capability >= 8.0
+    for name, head in heads.items():
+        model, dtype = ModelConfig("random weights", head=head, embedding_on_host=on_host), device.compute_dtype
+        plan = plan_generation(
+            LLAMA_3_8B, model, LoraConfig(r=16), resolve_dtype(dtype), prompt=448, new=64, sliced=sliced
+        )
         rate, verdict = plan.most_tokens_per_second(device), "fits" if plan.peak <= device.usable else "does not fit"
         room = format_bytes(device.usable)
         lines.append(f"{name}: {format_bytes(plan.peak)} {verdict} in {room}; at most {rate:,.0f} tokens/s")

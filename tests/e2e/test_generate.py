@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import io
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from runs import CONFIG, Main, WriteRun
 
 from jaxtune import FastLanguageModel, chat, compile_cache, generate
 from jaxtune.config import ModelConfig
+from jaxtune.devices import sheet, this_device
+from jaxtune.generate import table_is_better_on_host
 from jaxtune.lora import init_lora
 from jaxtune.metrics import read_metrics
 from jaxtune.samples import TextGenerator
@@ -91,6 +94,20 @@ def test_a_head_in_fewer_bits(write_run: WriteRun, run_main: Main, tmp_path: Pat
     asked = ("--adapter", tmp_path / "out" / "adapter", "--prompt", "What colour is sky?")
     status, answer, _ = run(*asked, "--head", "nf4")
     assert (status, run(*asked, "--head", "nf4", "--embedding-on-host")[:2]) == (0, (0, answer))
+
+
+def test_the_table_is_kept_on_the_host_where_that_saves_memory(base_model: Path, tmp_path: Path) -> None:
+    """Of a GPU that has its own, unless the table is the head, too."""
+    config = json.loads((base_model / "config.json").read_text(encoding="utf-8"))
+    for tied in (False, True):
+        directory = tmp_path / str(tied)
+        shutil.copytree(base_model, directory)
+        (directory / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": tied}), encoding="utf-8")
+        model = ModelConfig(str(directory))
+        decided = [
+            table_is_better_on_host(model, device) for device in (sheet("h200"), sheet("jetson-orin"), this_device())
+        ]
+        assert decided == [not tied, False, False]
 
 
 def test_draws_and_stops(base_model: Path, run: Run) -> None:
