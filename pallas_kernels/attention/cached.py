@@ -133,15 +133,16 @@ def _attention(
             out, highest, total = carry
             at = begin + number * _TILE + lax.iota(jnp.int32, _TILE)
             place = (row, jnp.minimum(at, end - 1)[:, None], head, across(_TILE))
-            scores = scored(plt.dot(query, plt.load(k_ref.at[(layers[0], *place)]), trans_b=True))
+            # Both under way before the first is used.
+            key, value = (plt.load(ref.at[(layer, *place)]) for ref, layer in zip((k_ref, v_ref), layers, strict=True))
+            scores = scored(plt.dot(query, key, trans_b=True))
             seen = (at < end)[None] if length == 1 else at[None] <= at_query[:, None]
             if length > 1 and form.window is not None:
                 seen &= at[None] > at_query[:, None] - form.window
             scores = jnp.where(seen, scores, _LOWEST)
             now = jnp.maximum(highest, jnp.max(scores, axis=1))
             weights, rest = jnp.exp(scores - now[:, None]), jnp.exp(highest - now)
-            some = plt.load(v_ref.at[(layers[1], *place)])
-            product = plt.dot(weights.astype(some.dtype), some)
+            product = plt.dot(weights.astype(value.dtype), value)
             return out * rest[:, None] + product, now, total * rest + jnp.sum(weights, axis=1)
 
         out, highest, total = (

@@ -48,7 +48,7 @@ def reads_stacks(x: Any, group: Group, dropout_key: Array | None) -> bool:
 
 
 def row_product(x: Array, group: Group, low: Array | None) -> Array:
-    """x [M, K] times the weights, and low [M, sum of R] times the lora_b: [M, sum of N]."""
+    """x [M, K] times the weights, and low, as in `fused_group`, times the lora_b: [M, sum of N]."""
     return with_bias(fused_group(x, [p.weight for p in group], [p.lora_b for p in group], low), group)
 
 

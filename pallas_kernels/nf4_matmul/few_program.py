@@ -41,7 +41,8 @@ class Member(NamedTuple):
 
 class Launch(NamedTuple):
     """What a program is made for. m: rows of x. k: columns. nested: whether scales are. low: columns of `low`. *_wide:
-    whether `low`, adapters and the result are float32, not bfloat16."""
+    whether `low`, adapters and the result are float32, not bfloat16. low_parts: arrays `low`, one after the other,
+    which add up; several of them for one weight alone, and in float32."""
 
     m: int
     k: int
@@ -53,6 +54,7 @@ class Launch(NamedTuple):
     result_wide: bool
     grid: int
     warps: int
+    low_parts: int = 1
 
     @property
     def sums_bytes(self) -> int:
@@ -96,6 +98,8 @@ class _FewRows:
             self._copy_ahead()
         self._fill_table()
         x = self._x(p("min.u32", self.warp, self.chunks - 1)) if self.rounds == 1 else None
+        # Of one weight all tiles have the same, made once where it takes adding up.
+        self.low = [self._low(at, "0") for at in self._ranks()] if self.launch.low_parts > 1 else None
         p.do("bar.sync", 0)
         p.label("items")
         p.do("cp.async.wait_group", _DEPTH - 1)
@@ -297,27 +301,48 @@ class _FewRows:
         rank, first, column = (self._of_member(self.tile, some) for some in (ranks, rows, columns))
         row = p("sub.u32", p("mad.lo.u32", self.tile, TILE, self.g), first)
         result = []
-        for number in range(0, -(-max(ranks) // 16), self.warps):
-            at = p("mad.lo.u32", p("add.u32", self.warp, number), 16, p("shl.b32", self.t, 1))
+        for number, places in enumerate(self._ranks(rank)):
             a: list[str] = []
-            b: list[list[str]] = [[] for _ in range(self.groups)]
-            for half in (0, 8):
-                here = p("add.u32", at, half)
-                inside = p.test("lt", here, rank)
+            for here, inside in places:
                 for more in (0, 8):
                     index = p("mad.lo.u32", p("add.u32", row, more), rank, here)
                     a.append(self._two(index, up, launch.ups_wide, inside))
-                for group, some in enumerate(b):
-                    index = p("mad.lo.u32", self.rows_of_x[group], launch.low, p("add.u32", here, column))
-                    some.append(self._two(index, "$3", launch.low_wide, inside))
-            result.append((a, b))
+            result.append((a, self.low[number] if self.low else self._low(places, column)))
         return result
 
-    def _two(self, index: str, base: str, wide: bool, inside: str) -> str:
-        """Two neighbours in memory as bfloat16, or zeros."""
-        p, words = self.p, [self.p("mov.b32", 0) for _ in range(1 + wide)]
-        place = f"[{p.address(index, 4 if wide else 2, base)}]"
-        p.do("ld.global.nc.v2.b32" if wide else "ld.global.nc.b32", words if wide else words[0], place, when=inside)
+    def _ranks(self, rank: Any = None) -> list[list[tuple[str, str]]]:
+        """Of each sixteen ranks that this warp has: the two places where a lane reads neighbours, and whether there are
+        any."""
+        p, result = self.p, []
+        rank = self.members[0].rank if rank is None else rank
+        for number in range(0, -(-max(n.rank for n in self.members) // 16), self.warps):
+            at = p("mad.lo.u32", p("add.u32", self.warp, number), 16, p("shl.b32", self.t, 1))
+            places = [p("add.u32", at, half) for half in (0, 8)]
+            result.append([(here, p.test("lt", here, rank)) for here in places])
+        return result
+
+    def _low(self, places: list[tuple[str, str]], column: Any) -> list[list[str]]:
+        """mma's operand of `low` at these places, of each eight rows."""
+        p, launch = self.p, self.launch
+        result: list[list[str]] = [[] for _ in range(self.groups)]
+        for here, inside in places:
+            for group, some in enumerate(result):
+                index = p("mad.lo.u32", self.rows_of_x[group], launch.low, p("add.u32", here, column))
+                some.append(self._two(index, "$3", launch.low_wide, inside, launch.low_parts))
+        return result
+
+    def _two(self, index: str, base: str, wide: bool, inside: str, parts: int = 1) -> str:
+        """Two neighbours in memory, or sums of those of several arrays, as bfloat16; or zeros."""
+        p, read = self.p, []
+        at, apart = p.address(index, 4 if wide else 2, base), 4 * self.launch.m * self.launch.low
+        for part in range(parts):
+            words, place = [p("mov.b32", 0) for _ in range(1 + wide)], f"[{at}+{part * apart}]"
+            p.do("ld.global.nc.v2.b32" if wide else "ld.global.nc.b32", words if wide else words[0], place, when=inside)
+            read.append(words)
+        while len(read) > 1:
+            sums = [[p("add.rn.f32", *two) for two in zip(*pair, strict=True)] for pair in zip(read[::2], read[1::2])]
+            read = sums + read[len(read) // 2 * 2 :]
+        words = read[0]
         return p("cvt.rn.bf16x2.f32", words[1], words[0]) if wide else words[0]
 
     def _store(self) -> None:

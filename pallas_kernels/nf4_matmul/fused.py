@@ -21,12 +21,13 @@ def fused_group(
     """[M, K] times several weights [N, K]: their results beside each other, [M, sum of N] in x's dtype.
 
     x is one that `triton.can_fuse` all of them with. ups: of each weight a matrix [N, R] that is added along the
-    contraction, or None. low: [M, sum of R], what the ups are multiplied by, in their order.
+    contraction, or None. low: [M, sum of R], what the ups are multiplied by, in their order; of one row also several
+    that add up.
     """
     if mosaic_few.unsupported_reason(x, weights, ups) is None:
         return mosaic_few.few_rows(x, weights, ups, low)
     if x.shape[0] == 1:
-        return triton.fused_row(x, weights, ups, low)
+        return triton.fused_row(x, weights, ups, low if low is None else jnp.sum(low, axis=0, keepdims=True))
     parts = [_several_rows(x, w) for w in weights]
     column = 0
     for i, up in enumerate(ups or ()):

@@ -72,10 +72,14 @@ def few_rows(
     """[M, K] times several weights [N, K] in one launch: their results beside each other, [M, sum of N].
 
     ups: of each weight a matrix [N, R] that is added along the contraction, or None. low: [M, sum of R or more], what
-    the ups are multiplied by, in their order. dtype: of the result, or None for x's own.
+    the ups are multiplied by, in their order; of one row also several, float32, that add up. dtype: of the result, or
+    None for x's own.
     """
     m, k = x.shape
     low = x[:, :0] if low is None else low
+    parts = low.shape[0] // m if low.size else 1
+    if parts > 1 and (len(weights) > 1 or low.dtype != jnp.float32):
+        low, parts = jnp.sum(low, axis=0, keepdims=True), 1
     low = jnp.pad(low, ((0, 0), (0, low.shape[1] % 2)))  # read in pairs
     operands: list[Any] = [x, jnp.asarray(pairs()), jnp.asarray(DYNAMIC_MAP), low if low.size else x]
     members: list[Member] = []
@@ -94,9 +98,8 @@ def few_rows(
     out = jax.ShapeDtypeStruct((m, row), dtype or x.dtype)
     wide = (low.dtype == jnp.float32, any(up is not None and up.dtype == jnp.float32 for up in given))
     grid, warps = min(multiprocessors(), row // TILE), min(_MOST_WARPS, -(-k // CHUNK // 4) * 4)
-    how = Launch(
-        m, k, tuple(members), layer.stack.is_nested, low.shape[1], *wide, _WIDTHS[np.dtype(out.dtype).name], grid, warps
-    )
+    widths = *wide, _WIDTHS[np.dtype(out.dtype).name]
+    how = Launch(m, k, tuple(members), layer.stack.is_nested, low.shape[1], *widths, grid, warps, parts)
     return launch(program(how), operands, out, grid=grid, warps=warps, shared=how.shared_bytes, name="nf4_matmul_few")
 
 

@@ -22,6 +22,8 @@ needs_jax_0_11 = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="refu
 # which is not for all warps; tiles that blocks of threads share unevenly; ranks that no sixteen divides.
 CASES: dict[str, tuple[int, int, tuple[int, ...], tuple[int, ...], dict[str, Any]]] = {
     "one row": (1, 1024, (80,), (0,), {}),
+    "one row, its low rank in parts": (1, 2560, (48,), (6,), {"wide": True, "parts": 3}),
+    "one row, parts for several weights": (1, 1024, (32, 16), (70, 4), {"wide": True, "parts": 2}),
     "q, k, v of a layer": (3, 1024, (32, 16, 48), (8, 0, 70), {"stacked": True}),
     "two groups of rows, float32 result": (16, 1536, (64,), (16,), {"dtype": "float32"}),
     "float32 scales and adapters": (11, 2560, (32, 32), (4, 4), {"nested": False, "wide": True, "stacked": True}),
@@ -54,9 +56,11 @@ def test_values(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
         # The definition rounds the weight, then the result.
         exact.append(np.asarray(x, np.float32) @ values.T + adapter)
         own.append(np.asarray(x, np.float32) @ values.astype("bfloat16").astype(np.float32).T + adapter)
-    got = mosaic_few.few_rows(
-        x, weights, ups, jnp.pad(jnp.concatenate(lows, axis=1), ((0, 0), (0, 2))), options.get("dtype")
-    )
+    low = jnp.pad(jnp.concatenate(lows, axis=1), ((0, 0), (0, 2)))
+    if (parts := options.get("parts", 1)) > 1:
+        some = jnp.asarray(rng.standard_normal((parts - 1, low.shape[1])), jnp.float32)
+        low = jnp.concatenate([some, low - jnp.sum(some, axis=0, keepdims=True)])
+    got = mosaic_few.few_rows(x, weights, ups, low, options.get("dtype"))
     assert got.dtype == options.get("dtype", "bfloat16")
     true, theirs = np.concatenate(exact, axis=1), np.concatenate(own, axis=1).astype("bfloat16").astype(np.float32)
     error = np.linalg.norm(np.asarray(got, np.float32) - true)
