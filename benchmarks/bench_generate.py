@@ -8,9 +8,9 @@ one compiles and compares its tokens with those that the whole model gives witho
 programs and is timed, so that its peak is that of weights and generation, without what the choice of kernels takes.
 Times are medians of several generations after a first one; a token's time leaves out the prompt's. What is being done
 goes to stderr with its seconds. `--at-once` sets all cases up beside each other, which saves minutes, and still times
-one after another. `--unroll` decodes with one program for all layers, as a GPU does for one row anyway, `--xla-flags`
-are XLA's, `--profile` adds the kernels of a token by their time to the cases it names. `--tiny` takes a small shape and
-few tokens, to try the script on a CPU.
+one after another. `--unroll` decodes with one program for all layers, `--xla-flags` are XLA's, `--profile` adds the
+kernels of a token by their time to the cases it names. `--tiny` takes a small shape and few tokens, to try the script
+on a CPU.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ EMBEDDING = 8.0
 CHECKED = 24
 
 
-def make_generator(hf_config: dict[str, Any], case: Case, unroll: bool | None) -> Generator:
+def make_generator(hf_config: dict[str, Any], case: Case, unroll: bool) -> Generator:
     """The model and its adapter, random, on the device."""
     dtype, decoder = resolve_dtype(), DecoderConfig.from_hf(hf_config)
     structure = frozen_structure(hf_config, ModelConfig("-", head=case.head), dtype)
@@ -160,7 +160,7 @@ def measure(name: str, parts: Sequence[str], options: argparse.Namespace) -> dic
     limit_memory(None)
     # XLA's own generator compiles and draws billions of numbers faster.
     jax.config.update("jax_default_prng_impl", "rbg")
-    generator = make_generator(hf_config, case, options.unroll or None)
+    generator = make_generator(hf_config, case, options.unroll)
     jax.block_until_ready(generator.frozen)
     progress(f"{name}: weights made", begun)
     rng = np.random.default_rng(7)
@@ -182,7 +182,7 @@ def measure(name: str, parts: Sequence[str], options: argparse.Namespace) -> dic
     *_, answer = generation()
     first_generation = round(time.perf_counter() - started, 1)
     progress(f"{name}: first generation, with compiling or reading what was compiled", begun)
-    row: dict[str, Any] = {"case": name, **dataclasses.asdict(case), "unroll": generator.unrolls(case.batch)}
+    row: dict[str, Any] = {"case": name, **dataclasses.asdict(case), "unroll": options.unroll}
     row["answer"] = answer[:CHECKED]
     if "check" in parts:
         off, allowed = check(generator, prompts[0], answer[:CHECKED])

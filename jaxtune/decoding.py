@@ -65,8 +65,7 @@ class Generator:
     """A model that continues token ids: its two parameter trees and how they are computed.
 
     frozen, lora: see CONTRIBUTING; `lora` may be {}. decoder, adaptation, dtype: as in training.
-    unroll: one program for all layers of a token instead of a loop over one layer's; None for one row on a GPU alone,
-        where it is one graph of launches and compiles as fast.
+    unroll: one program for all layers of a token instead of a loop over one layer's, which takes longer to compile.
     """
 
     frozen: Tree
@@ -74,11 +73,7 @@ class Generator:
     decoder: DecoderConfig
     adaptation: Adaptation
     dtype: Any
-    unroll: bool | None = None
-
-    def unrolls(self, batch: int) -> bool:
-        """Whether tokens of so many rows are one program for all layers."""
-        return batch == 1 and jax.default_backend() == "gpu" if self.unroll is None else self.unroll
+    unroll: bool = False
 
     def stream(
         self,
@@ -124,7 +119,7 @@ class Generator:
                     self.decoder,
                     self.adaptation,
                     self.dtype,
-                    self.unrolls(len(prompts)),
+                    self.unroll,
                 )
                 flight.append((made_there[0], made_there[1]))
                 sent += limit
