@@ -11,7 +11,7 @@ from jaxtyping import Float
 
 from pallas_kernels._dispatch import choose
 from pallas_kernels.nf4 import NF4Tensor
-from pallas_kernels.nf4_matmul import mosaic_few, mosaic_gpu, triton, xla
+from pallas_kernels.nf4_matmul import mosaic_gpu, triton, xla
 
 _FORWARD = {
     "mosaic": mosaic_gpu.nf4_matmul_mosaic,
@@ -52,16 +52,9 @@ def nf4_matmul(x: Float[Array, "*M K"], w: NF4Tensor, implementation: str | None
         "triton": lambda: triton.unsupported_reason(x, w),
         "xla": lambda: xla.unsupported_reason(x, w),
     }
-    if implementation is None and not _mosaic_is_fastest(x, w):
+    if implementation is None and not mosaic_gpu.is_fastest(math.prod(x.shape[:-1]), w):
         del candidates["mosaic"]
     return _matmul(x, w, choose("nf4_matmul", implementation, candidates))
-
-
-def _mosaic_is_fastest(x: Array, w: NF4Tensor) -> bool:
-    """Whether it was on an H200 for such shapes, where it can run (see docs/kernels.md)."""
-    rows, (n, k) = math.prod(x.shape[:-1]), w.shape
-    # Beyond what has a kernel of its own, weights of few rows and many columns leave multiprocessors without work.
-    return rows <= mosaic_few.MOST_ROWS or (rows <= mosaic_gpu.MOST_ROWS and n >= 2 * k)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

@@ -14,7 +14,6 @@ BLOCK, _BLOCKS = 64, 4
 # Columns of the weight that one warp takes at a time.
 CHUNK = BLOCK * _BLOCKS
 _NESTED_BLOCK = 256
-_DEPTH = 3
 # Of a warp in a slot of the ring: its rows' codes, so far apart that four rows lie in other banks; and their scales,
 # which are four floats, or four codes and, after those of all rows, one float.
 _PITCH = CHUNK // 2 + 32
@@ -23,6 +22,8 @@ _SLOT = _SCALES_AT + TILE * 16
 _TABLE_BYTES = 256 * 32 * 4
 # Rows of x that one mma takes.
 _GROUP = 8
+# Words from one of their sums to the next, of a tile's rows each: neither who writes nor who reads waits for a bank.
+_SUMS_PITCH = TILE + 4
 
 
 class Member(NamedTuple):
@@ -57,14 +58,24 @@ class Launch(NamedTuple):
     low_parts: int = 1
 
     @property
+    def rounds(self) -> int:
+        """How often a tile's warps take chunks until it is done."""
+        return -(-self.k // (CHUNK * self.warps))
+
+    @property
+    def depth(self) -> int:
+        """Items of a warp under way."""
+        return 2 if self.rounds == 1 else 3
+
+    @property
     def sums_bytes(self) -> int:
         """Of a tile's sums by warp."""
-        return self.warps * TILE * _GROUP * -(-self.m // _GROUP) * 4
+        return self.warps * self.m * _SUMS_PITCH * 4
 
     @property
     def shared_bytes(self) -> int:
         """Of the table, two tiles' sums, and the ring."""
-        return _TABLE_BYTES + 2 * self.sums_bytes + _DEPTH * _SLOT * self.warps
+        return _TABLE_BYTES + 2 * self.sums_bytes + self.depth * _SLOT * self.warps
 
 
 @functools.lru_cache(64)
@@ -83,8 +94,7 @@ class _FewRows:
     def __init__(self, launch: Launch) -> None:
         self.launch, self.members, self.k, self.warps = launch, launch.members, launch.k, launch.warps
         self.groups, self.per_row, self.chunks = -(-launch.m // _GROUP), self.k // BLOCK, self.k // CHUNK
-        self.rounds, self.threads = -(-self.chunks // self.warps), 32 * self.warps
-        self.width = _GROUP * self.groups
+        self.rounds, self.depth, self.threads = launch.rounds, launch.depth, 32 * self.warps
         self.rows = sum(member.rows for member in self.members)
         self.of_scales = 4 if launch.nested else 2
         last = max(n.operand + 1 + self.of_scales + 2 * (n.rank > 0) for n in self.members)
@@ -94,7 +104,7 @@ class _FewRows:
         """All of it."""
         p = self.p = Program()
         self._set_up()
-        for _ in range(_DEPTH):
+        for _ in range(self.depth):
             self._copy_ahead()
         self._fill_table()
         x = self._x(p("min.u32", self.warp, self.chunks - 1)) if self.rounds == 1 else None
@@ -102,7 +112,7 @@ class _FewRows:
         self.low = [self._low(at, "0") for at in self._ranks()] if self.launch.low_parts > 1 else None
         p.do("bar.sync", 0)
         p.label("items")
-        p.do("cp.async.wait_group", _DEPTH - 1)
+        p.do("cp.async.wait_group", self.depth - 1)
         p.do("bar.warp.sync", EVERY_LANE)
         codes, scales = self._codes(), self._scales()
         chunk = p("mad.lo.u32", self.round, self.warps, self.warp)
@@ -180,7 +190,7 @@ class _FewRows:
         """To this block's next item."""
         p, size = self.p, _SLOT * self.warps
         p.do("add.u32", slot, slot, size)
-        p.do("mov.u32", slot, 0, when=p.test("ge", slot, _DEPTH * size))
+        p.do("mov.u32", slot, 0, when=p.test("ge", slot, self.depth * size))
         p.do("add.u32", round_, round_, 1)
         done = p.test("ge", round_, self.rounds)
         p.do("mov.u32", round_, 0, when=done)
@@ -350,25 +360,25 @@ class _FewRows:
 
         Two places take turns: a warp that is a tile ahead writes to the other one, and none is two tiles ahead.
         """
-        p, size = self.p, self.launch.sums_bytes
+        p, m, size = self.p, self.launch.m, self.launch.sums_bytes
         base = p("add.u32", p("add.u32", self.shared, _TABLE_BYTES), self.parity)
-        row = p("mad.lo.u32", self.warp, TILE, self.g)
-        at = p("add.u32", p("mul.lo.u32", row, 4 * self.width), p("mad.lo.u32", self.t, 8, base))
+        of_x = p("shl.b32", self.t, 1)
+        at = p("mad.lo.u32", p("mad.lo.u32", self.warp, m, of_x), 4 * _SUMS_PITCH, p("mad.lo.u32", self.g, 4, base))
         for group, sums in enumerate(self.sums):
-            for half in range(2):
-                place = f"[{at}+{4 * (8 * half * self.width + 8 * group)}]"
-                p.do("st.shared.v2.b32", place, sums[2 * half : 2 * half + 2])
-            for register in sums:
+            for i, register in enumerate(sums):
+                more, half = _GROUP * group + i % 2, i // 2 * 8
+                inside = None if more + _GROUP - 2 < m else p.test("lt", p("add.u32", of_x, more), m)
+                p.do("st.shared.b32", f"[{at}+{4 * (more * _SUMS_PITCH + half)}]", register, when=inside)
                 p.do("mov.b32", register, 0)
         p.do("bar.sync", 0)
-        p.do("xor.b32", self.parity, self.parity, size)
-        for first in range(0, TILE * self.launch.m, self.threads):
+        p.do("sub.u32", self.parity, size, self.parity)
+        for first in range(0, TILE * m, self.threads):
             # Neighbours are rows of the weight, which are columns of the result.
             number = p("add.u32", self.thread, first)
             row, column = p("and.b32", number, TILE - 1), p("shr.u32", number, 4)
-            p.do("bra", f"stored{first}", when=p.test("ge", column, self.launch.m))
-            at = p("mad.lo.u32", p("mad.lo.u32", row, self.width, column), 4, base)
-            parts = [p("ld.shared.f32", f"[{at}+{4 * w * TILE * self.width}]") for w in range(self.warps)]
+            p.do("bra", f"stored{first}", when=p.test("ge", column, m))
+            at = p("mad.lo.u32", p("mad.lo.u32", column, _SUMS_PITCH, row), 4, base)
+            parts = [p("ld.shared.f32", f"[{at}+{4 * w * m * _SUMS_PITCH}]") for w in range(self.warps)]
             while len(parts) > 1:
                 odd = parts[len(parts) // 2 * 2 :]
                 parts = [p("add.rn.f32", a, b) for a, b in zip(parts[::2], parts[1::2], strict=False)] + odd

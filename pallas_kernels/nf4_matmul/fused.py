@@ -40,8 +40,6 @@ def fused_group(
 
 
 def _several_rows(x: Array, w: NF4Tensor | NF4Layer) -> Array:
-    n, k = w.shape
-    tall = n >= 2 * k  # as nf4_matmul chooses
-    if tall and mosaic_gpu.unsupported_reason(x, w) is None:
+    if mosaic_gpu.is_fastest(x.shape[0], w) and mosaic_gpu.unsupported_reason(x, w) is None:
         return mosaic_gpu.nf4_matmul_mosaic(x, w)
     return triton.fused_product(x, w)

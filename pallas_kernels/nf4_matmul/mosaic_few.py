@@ -1,11 +1,12 @@
-"""Products of up to 8 rows with NF4 weights, several weights and their adapters in one launch (PTX through Mosaic).
+"""Products of up to 16 rows with NF4 weights, several weights and their adapters in one launch (PTX through Mosaic).
 
 Why it exists: few rows wait for the weights' bytes, and decoding them is what keeps a multiprocessor busy: seven
 instructions for a weight through Triton, less than four here. Each block of threads stays on its multiprocessor and
 takes tiles of 16 rows of the weights in turn; codes of the next ones are under way (`cp.async`), each warp's own. A
 byte of codes is looked up as a pair of values in a table that each bank of shared memory holds a copy of. The pairs are
 operands of `mma`, whose sums of a scale's 64 columns are scaled in float32; the order of columns in a sum is free, so
-that canonical bytes need no rearranging. Warps share the columns and add up.
+that canonical bytes need no rearranging. Warps share the columns and add up. Each keeps its part of x in registers
+where they share up to 4,096 columns; where there are more, x comes with each tile, and more than 8 rows are too many.
 Numerics: the table is rounded to bfloat16, the scale is not, sums are float32; adapters (up, low) are bfloat16.
 Results repeat bit for bit. Refuses what is not bfloat16 in blocks of 64 and rows of whole chunks of 256 columns, GPUs
 other than Hopper, and JAX before 0.11.
@@ -31,7 +32,7 @@ from pallas_kernels.nf4_matmul.few_program import BLOCK, CHUNK, TILE, Launch, Me
 from pallas_kernels.nf4_matmul.lookup import bits_in
 
 # More are faster through wgmma (mosaic_gpu.py).
-MOST_ROWS = 8
+_MOST_ROWS, _MOST_ROWS_READ_AGAIN = 16, 8
 _MOST_WARPS = 16
 _WIDTHS = {"bfloat16": False, "float32": True}
 
@@ -40,8 +41,9 @@ def unsupported_reason(x: Any, weights: Sequence[Any], ups: Sequence[Any] | None
     """Why x [M, K] and these weights [N, K] (arrays or shapes) cannot be multiplied here, or None."""
     if (reason := hopper_reason()) is not None:
         return reason
-    if not 1 <= x.shape[0] <= MOST_ROWS:
-        return f"it serves 1 to {MOST_ROWS} rows, not {x.shape[0]}"
+    most = _MOST_ROWS if x.shape[1] <= _MOST_WARPS * CHUNK else _MOST_ROWS_READ_AGAIN
+    if not 1 <= x.shape[0] <= most:
+        return f"it serves 1 to {most} rows of {x.shape[1]} columns, not {x.shape[0]}"
     if x.dtype != jnp.bfloat16:
         return f"it computes in bfloat16, and x is {x.dtype}"
     stacks = [w.stack if isinstance(w, NF4Layer) else w for w in weights]

@@ -3,7 +3,7 @@ Mosaic GPU).
 
 Why it exists: such a product waits for its weights, and a decoded weight that is written and read again is eight times
 as much to move. Here bytes come to shared memory by TMA, a byte of codes becomes a pair of values in the registers that
-`wgmma` takes an operand from (see tile_assembly.py), and values never leave them. Up to 8 rows have a kernel of their
+`wgmma` takes an operand from (see tile_assembly.py), and values never leave them. Up to 16 rows have a kernel of their
 own (mosaic_few.py). Numerics: the table and the scales are rounded to bfloat16 before they are multiplied, which the
 reference does after; sums are float32. Refuses what is not bfloat16 in blocks of 64, sizes that tiles do not divide,
 GPUs other than Hopper, and JAX before 0.11.
@@ -34,6 +34,8 @@ from pallas_kernels.nf4_matmul.mosaic_few import pairs
 from pallas_kernels.nf4_matmul.tile_assembly import scales_pitch, scales_text, weights_text
 
 MOST_ROWS = 512
+# Up to so many, columns are cut into parts where tiles are too few for the GPU.
+_SPLIT_ROWS = 64
 # Columns of one step of wgmma's operand in registers, and of one scale.
 _STEP = 64
 # Rows of a weight for one warpgroup.
@@ -82,6 +84,13 @@ def unsupported_reason(x: Array, w: Any) -> str | None:
     return None
 
 
+def is_fastest(rows: int, w: NF4Tensor | NF4Layer) -> bool:
+    """Whether it was on an H200 for so many rows of x, where it can run (see docs/kernels.md)."""
+    n, k = w.shape
+    # Columns are cut into parts for few rows alone; weights of few rows and many columns then lack work for the GPU.
+    return rows <= _SPLIT_ROWS or (rows <= MOST_ROWS and n >= 2 * k)
+
+
 def tiles_for(rows: int, w: NF4Tensor | NF4Layer) -> Tiles:
     """The tiling for so many rows of x."""
     n, k = w.shape
@@ -89,7 +98,7 @@ def tiles_for(rows: int, w: NF4Tensor | NF4Layer) -> Tiles:
     columns = 64 if rows > 64 or k % 128 else 128
     programs = -(-rows // size) * (n // (2 * _OUTPUTS))
     split = max((s for s in (1, 2, 4, 7, 8) if k % (columns * s) == 0 and programs * s <= multiprocessors()), default=1)
-    return Tiles(size, columns=columns, split=split if rows <= 64 else 1).fitted(k)
+    return Tiles(size, columns=columns, split=split if rows <= _SPLIT_ROWS else 1).fitted(k)
 
 
 def nf4_matmul_mosaic(x: Array, w: NF4Tensor | NF4Layer, dtype: Any = None) -> Array:

@@ -85,7 +85,9 @@ def test_a_group_is_the_same_through_mosaic_and_triton(monkeypatch: pytest.Monke
 
 
 @needs_jax_0_11
-@pytest.mark.parametrize(("m", "sizes", "k"), [(1, (14336, 14336), 4096), (8, (4096,), 14336)])
+@pytest.mark.parametrize(
+    ("m", "sizes", "k"), [(1, (14336, 14336), 4096), (8, (4096,), 14336), (16, (4096, 1024, 1024), 4096)]
+)
 def test_lowers_to_cuda(m: int, sizes: tuple[int, ...], k: int) -> None:
     shape = jax.ShapeDtypeStruct
     stacks = [jax.eval_shape(quantize, shape((4, n, k), jnp.bfloat16)) for n in sizes]
@@ -107,9 +109,10 @@ def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mosaic_few, "hopper_reason", lambda: None)
     assert mosaic_few.unsupported_reason(x, [w], [shape((32, 8), jnp.bfloat16)]) is None
     single = jax.eval_shape(lambda v: quantize(v, double_quant=False), shape((32, 512), jnp.bfloat16))
-    narrow = jax.eval_shape(quantize, shape((32, 128), jnp.bfloat16))
+    narrow, wide = (jax.eval_shape(quantize, shape((32, k), jnp.bfloat16)) for k in (128, 4352))
     refused = {
-        "1 to 8 rows, not 9": (shape((9, 512), jnp.bfloat16), [w], None),
+        "1 to 16 rows of 512 columns, not 17": (shape((17, 512), jnp.bfloat16), [w], None),
+        "1 to 8 rows of 4352 columns, not 9": (shape((9, 4352), jnp.bfloat16), [wide], None),
         "x is float32": (shape((4, 512), jnp.float32), [w], None),
         "do not divide a weight (32, 128)": (shape((4, 128), jnp.bfloat16), [narrow], None),
         "others are not": (x, [w, single], None),

@@ -10,7 +10,8 @@ from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import fragmented_array
 from ptx import Machine
 
-from pallas_kernels._device import lower_for_cuda
+from pallas_kernels._device import assume_capability, lower_for_cuda
+from pallas_kernels._dispatch import record_choices
 from pallas_kernels.nf4 import NF4Layer, quantize
 from pallas_kernels.nf4.reference import DYNAMIC_MAP, NF4_TABLE, decode_scales
 from pallas_kernels.nf4_matmul import mosaic_gpu, nf4_matmul
@@ -84,6 +85,20 @@ def test_tiles_fit_and_fill(rows: int, shape: tuple[int, int]) -> None:
     assert tiles.steps >= 2
 
 
+@needs_jax_0_11
+@pytest.mark.parametrize(
+    ("rows", "tall", "flat"),
+    [(16, "mosaic", "mosaic"), (64, "mosaic", "mosaic"), (65, "mosaic", "triton"), (513, "triton", "triton")],
+)
+def test_choice(rows: int, tall: str, flat: str) -> None:
+    """What was the fastest on an H200."""
+    for (n, k), wanted in (((14336, 4096), tall), ((4096, 14336), flat), ((4096, 4096), flat)):
+        w = jax.eval_shape(quantize, jax.ShapeDtypeStruct((n, k), jnp.bfloat16))
+        with assume_capability(9.0), record_choices("xla") as choices:
+            jax.eval_shape(nf4_matmul, jax.ShapeDtypeStruct((rows, k), jnp.bfloat16), w)
+        assert choices[0].implementation == wanted
+
+
 def test_refusals_say_why() -> None:
     w = quantize(jnp.ones((128, 256), jnp.bfloat16))
     reason = "needs JAX 0.11 or newer" if jax.__version_info__ < (0, 11) else "needs a Hopper GPU"
@@ -102,7 +117,7 @@ def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
     refused = {
         "computes in bfloat16": (shape((16, 256), jnp.float32), w),
         "1 to 512 rows, not 513": (shape((513, 256), jnp.bfloat16), w),
-        "do not divide a weight (96, 256)": (shape((9, 256), jnp.bfloat16), narrow),
+        "do not divide a weight (96, 256)": (shape((17, 256), jnp.bfloat16), narrow),
     }
     for words, arguments in refused.items():
         assert words in (mosaic_gpu.unsupported_reason(*arguments) or "")
