@@ -60,13 +60,14 @@ def attention(
     any_order = "its backward pass adds up gradients in any order" if deterministic else None
     candidates = {
         "cudnn": lambda: any_order or cudnn.unsupported_reason(q, segment_ids, cap),
-        "triton": lambda: triton.unsupported_reason(q),
         "mosaic": lambda: mosaic_gpu.unsupported_reason(q),
+        "triton": lambda: triton.unsupported_reason(q),
         "xla": lambda: None,
     }
     # On an H200 tiles through Triton take half of cuDNN's time for packed rows, and half as long again for whole ones;
-    # through Mosaic 0.7 of Triton's for packed rows and 0.85 of cuDNN's for whole ones, timed with heads of 128.
-    first = ["mosaic"] * (q.shape[-1] <= mosaic_gpu.TIMED_WIDTH) + ["triton"] * (segment_ids is not None)
+    # through Mosaic 0.7 of Triton's for packed rows and 0.85 of cuDNN's for whole ones.
+    packed = segment_ids is not None
+    first = ["mosaic"] * (packed or q.shape[-1] <= mosaic_gpu.TIMED_WIDTH) + ["triton"] * packed
     candidates = {name: candidates[name] for name in first} | candidates
     chosen = choose("attention", implementation, candidates)
     if chosen == "cudnn":

@@ -84,10 +84,11 @@ def d_queries(
                     key = item.at(step)[1] * tiles.keys
                     scores = jnp.where(seen_of(form, scores.shape, first, key, both, 0), scores, MASKED)
                 weights = jnp.exp2(scores * factor - along_rows(row_sums, scores.shape))
+                weights = lax.optimization_barrier(sloped(weights, scores, form, whole))
                 d_weights = finished(d_weights_acc)
                 values.release(slot)
                 pl.when(step == item.steps() - 1)(lambda: plgpu.barrier_arrive(own.free.at[warpgroup]))
-                return d_scores(weights, d_weights, along_rows(row_along, scores.shape), scores, form)
+                return weights * (d_weights - along_rows(row_along, scores.shape))
 
             def begin(scores_acc: Any, d_weights_acc: Any) -> Array:
                 scores_acc[...], d_weights_acc[...] = (constant(0.0, ROWS, tiles.keys) for _ in range(2))
@@ -212,9 +213,10 @@ def d_keys(
                         query = item.at(step)[1] * tiles.queries
                         scores = jnp.where(seen_of(form, shape, query, first, both, 1), scores, MASKED)
                     weights = jnp.exp2(scores * factor - columns("sums", slot))
+                    slopes, weights = lax.optimization_barrier((sloped(weights, scores, form, whole), weights))
                     multiply(dv_acc, weights.astype(q.dtype), scratch["do"].at[slot])
                     d_weights = finished(d_weights_acc, behind=1)
-                    ds = d_scores(weights, d_weights, columns("along", slot), scores, form)
+                    ds = slopes * (d_weights - columns("along", slot))
                     multiply(dk_acc, ds.astype(q.dtype), scratch["q"].at[slot])
                     dv = finished(dv_acc, behind=1)
                     d_rows.release(slot)
@@ -247,14 +249,17 @@ def d_keys(
     others |= {} if ids is None else {"ids": plgpu.SMEM((tiles.stages, tiles.queries), jnp.int32)}
     shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (k, v)]
     operands = items, q, k, v, d_out, log_sums, along, ids
-    return tuple(call("attention_mosaic_d_keys", kernel, shapes, matrices, others, kv_heads, *operands))
+    # The GPU deals these items, which are few and long, to its multiprocessors better than turns do.
+    return tuple(call("attention_mosaic_d_keys", kernel, shapes, matrices, others, kv_heads, *operands, stay=False))
 
 
-def d_scores(weights: Array, d_weights: Array, along: Array, scores: Array, form: Form) -> Array:
-    """Gradient of the products that scores are made of, but for the scale."""
-    ds = weights * (d_weights - along)
-    if form.cap is not None:
-        # Where a score is masked its weight is zero, and any finite slope will do.
-        capped = jnp.maximum(scores, -1.0)
-        ds *= 1 - capped * capped
-    return ds
+def sloped(weights: Array, scores: Array, form: Form, whole: bool) -> Array:
+    """Weights times the slope of what caps their scores. whole: no score is masked.
+
+    Behind a barrier before products are waited for, or scores would be held in registers until these have come.
+    """
+    if form.cap is None:
+        return weights
+    # Where a score is masked its weight is zero, and any finite slope will do.
+    capped = scores if whole else jnp.maximum(scores, -1.0)
+    return weights * (1 - capped * capped)

@@ -272,8 +272,8 @@ def scores_of(products: Array, form: Form) -> tuple[Array, float]:
     """As `triton` makes scores of products, unmasked, and the factor that makes their unit log 2."""
     factor = form.scale * LOG2E
     if form.cap is not None:
-        # A reciprocal of its own is one instruction, a division several.
-        return 1 - 2 * (1 / (1 + jnp.exp2(products * (2 * factor / form.cap)))), form.cap * LOG2E
+        # One instruction, off by 2**-11 of its result at most.
+        return jnp.tanh(products * (form.scale / form.cap)), form.cap * LOG2E
     return (products, factor) if factor > 0 else (products * factor, 1.0)
 
 
@@ -334,16 +334,19 @@ def call(
     others: Mapping[str, Any],
     heads: int,
     *operands: Array | None,
+    stay: bool = True,
 ) -> Any:
-    """Runs a kernel. matrices: shapes of what wgmma reads, in shared memory; others: more of what it has there."""
+    """Runs a kernel. matrices: shapes of what wgmma reads, in shared memory; others: more of what it has there. stay:
+    with as many programs as there are multiprocessors, not one for each item of each head."""
     given = [x for x in operands if x is not None]
+    programs = given[0].shape[0] * heads
     dtype = shapes[0].dtype
     transforms = plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)
     scratch = {key: plgpu.SMEM(shape, dtype, transforms=transforms) for key, shape in matrices.items()}
     return plgpu.kernel(
         kernel,
         out_type=shapes,
-        grid=(min(multiprocessors(), given[0].shape[0] * heads),),
+        grid=(min(multiprocessors(), programs) if stay else programs,),
         grid_names=("program",),
         num_threads=GROUPS + 1,
         thread_name="group",

@@ -69,13 +69,16 @@ def test_choice_and_reasons() -> None:
     q = jax.ShapeDtypeStruct((1, 64, 4, 128), jnp.bfloat16)
     old = jax.__version_info__ < (0, 11)
 
-    def chosen(capability: float, width: int) -> str:
+    def chosen(capability: float, width: int, packed: bool = True, cap: float | None = None) -> str:
         shape = jax.ShapeDtypeStruct((1, 64, 4, width), jnp.bfloat16)
+        documents = jnp.zeros((1, 64), jnp.int32) if packed else None
         with assume_capability(capability), record_choices("xla") as choices:
-            jax.eval_shape(lambda q: attention(q, q, q, segment_ids=jnp.zeros((1, 64), jnp.int32)), shape)
+            jax.eval_shape(lambda q: attention(q, q, q, segment_ids=documents, cap=cap), shape)
         return choices[0].implementation
 
-    assert [chosen(9.0, 128), chosen(9.0, 256), chosen(8.9, 128)] == ["triton" if old else "mosaic", "triton", "triton"]
+    ours = "triton" if old else "mosaic"
+    assert [chosen(9.0, 128), chosen(9.0, 256), chosen(8.9, 128)] == [ours, ours, "triton"]
+    assert [chosen(9.0, 256, False), chosen(9.0, 256, False, 50.0)] == ["cudnn", ours]
     for shape, dtype, reason in [
         (q.shape, jnp.float32, "bfloat16 and float16"),
         ((1, 64, 4, 80), jnp.bfloat16, "multiples of 64"),
