@@ -23,13 +23,17 @@ def gradients(q: jax.Array, k: jax.Array, v: jax.Array, dy: jax.Array, **form: A
 
 
 @needs_jax_0_11
-@pytest.mark.parametrize(("window", "cap"), [(None, None), (70, 2.0)])
-def test_values_and_gradients(monkeypatch: pytest.MonkeyPatch, window: int | None, cap: float | None) -> None:
+@pytest.mark.parametrize(
+    ("width", "window", "cap"), [(64, None, None), (64, 70, 2.0), (192, None, 2.0), (256, 70, None)]
+)
+def test_values_and_gradients(
+    monkeypatch: pytest.MonkeyPatch, width: int, window: int | None, cap: float | None
+) -> None:
     """Documents that end within tiles, padding, two heads for each of the keys', and rows that fill no tile."""
     monkeypatch.setattr(mosaic_parts, "multiprocessors", lambda: 2)
     t = 195
     rng = np.random.default_rng(0)
-    q, k, v, dy = (jnp.asarray(rng.standard_normal((1, t, heads, 64)), jnp.bfloat16) for heads in (4, 2, 2, 4))
+    q, k, v, dy = (jnp.asarray(rng.standard_normal((1, t, heads, width)), jnp.bfloat16) for heads in (4, 2, 2, 4))
     cuts = [t // 6, t // 6 + 1, t // 2, t - 3]
     segments = jnp.asarray((np.searchsorted(cuts, np.arange(t), side="right") + 1)[None] % 5, jnp.int32)
     form: Any = {"segment_ids": segments, "window": window, "cap": cap}
