@@ -9,9 +9,9 @@ peak reset before each. Milliseconds are medians over the steps after the third;
 quartiles; the input's percent are the time that steps waited for their batch. Peaks are the allocator's, ours with
 loading included; beside them stand what XLA plans for the compiled step and what the plan said before it was compiled.
 Seconds: `start` until the command has imported, `first` from its call to the first step's end, `end` from the last step
-to the end of the process; `load` and `compile` (with tracing) pass at the same time. A case that is named twice finds
-its programs in the compile cache the second time; rows `first_step` (compilation and step) and `load` are taken from
-such runs.
+to the end of the process; `load` and `compile` (with tracing) pass at the same time where the compile cache has the
+programs. A case that is named twice finds them there the second time; rows `first_step` (compilation and step) and
+`load` are taken from such runs.
 """
 
 from __future__ import annotations

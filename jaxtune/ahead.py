@@ -1,10 +1,11 @@
-"""What a run does at once at its start: a thread loads the weights while the step is traced, and found in the cache."""
+"""What a run does at its start before the weights are there, or while a thread loads them: the step, from shapes."""
 
 from __future__ import annotations
 
 import contextvars
 import threading
 from collections.abc import Callable
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -57,7 +58,7 @@ class Beside:
 
 
 class Step:
-    """The train step with one policy: traced when this is made, and compiled once.
+    """The train step with one policy, traced and compiled once.
 
     config: what it was made with. arguments: arrays, or their shapes.
     """
@@ -69,9 +70,8 @@ class Step:
         self._arguments = _described(arguments)
         self._program = config, train, self._arguments
         self._progress = progress
+        self._lower = partial(jitted.lower, *arguments)
         self._compiled: jax.stages.Compiled | None = None
-        with progress.phase("trace the step"):
-            self._lowered = jitted.lower(*arguments)
 
     def is_cached(self) -> bool:
         """Whether the compile cache has it, as far as is known."""
@@ -84,9 +84,13 @@ class Step:
     def compile(self) -> jax.stages.Compiled:
         """The program, compiled on the first call."""
         if self._compiled is None:
+            with self._progress.phase("trace the step"):
+                lowered = self._lower()
             with self._progress.phase("compile the step"):
-                self._compiled = self._lowered.compile()
+                self._compiled = lowered.compile()
             mark_compiled(self._program)
+            # It holds the arguments, which may be the model.
+            del self._lower
         return self._compiled
 
 

@@ -175,26 +175,25 @@ def fit(
             frozen, parts = place_frozen(frozen if embedding is None else embedding.without_table, state, mesh)
         return frozen, embedding, parts, {"after loading": device_usage()}
 
-    def traced(policy: str, frozen: Any, batch: Any, parts: Parts | None) -> Step:
+    def step_of(policy: str, frozen: Any, batch: Any, parts: Parts | None) -> Step:
         step_config = dataclasses.replace(step_settings(config, decoder, base.dtype, policy), parts=parts)
         jitted = jit_train_step(optimizer, step_config, mesh)
         return Step(jitted, step_config, settings, (state, frozen, batch), progress)
 
-    # Beside it the step of one device, from shapes. It is compiled only where the compile cache has it: XLA chooses
-    # between products by timing them on the device, which has to be idle then.
+    # The step of one device, from shapes: beside the loading where the compile cache has it, and else before, since XLA
+    # chooses between products by timing them, for which the device has to be idle and to have room.
     ahead = None
-    with (
-        Beside(load) as loading,
-        Beside(lambda _: versions()) as asked,
-        out_of_memory("compiling the step", memory, config),
-    ):
-        if mesh.size == 1:
-            structure = loaded_structure(config, base.hf_config or hf_config, base.dtype, state, mesh)
-            memory["frozen weights"] = tree_bytes(structure[0])
-            ahead = traced(plan.candidates[0], *structure, None)
-            if ahead.is_cached():
+    if mesh.size == 1:
+        structure = loaded_structure(config, base.hf_config or hf_config, base.dtype, state, mesh)
+        memory["frozen weights"] = tree_bytes(structure[0])
+        ahead = step_of(plan.candidates[0], *structure, None)
+    with out_of_memory("compiling the step", memory, config):
+        if ahead is not None and not ahead.is_cached():
+            ahead.compile()
+        with Beside(load) as loading, Beside(lambda _: versions()) as asked:
+            if ahead is not None:
                 ahead.compile()
-        (frozen, embedding, parts, usage), found = loading.result(), asked.result()
+            (frozen, embedding, parts, usage), found = loading.result(), asked.result()
     memory["frozen weights"] = tree_bytes(frozen)
     progress.note(
         f"{decoder.model_type}: {decoder.num_layers} layers, computed in {base.dtype.name}, frozen weights "
@@ -215,7 +214,7 @@ def fit(
     def of_policy(policy: str) -> Step:
         if ahead is not None and policy == ahead.config.remat and ahead.takes(state, frozen, batch):
             return ahead
-        return traced(policy, frozen, batch, parts)
+        return step_of(policy, frozen, batch, parts)
 
     chosen, step = first_that_fits(plan.candidates, of_policy, memory, config, progress)
     step_config = chosen.config
