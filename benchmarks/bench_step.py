@@ -105,7 +105,7 @@ CASES = {
     "lean_head_int8": Case("lean", head="int8", **_LEAN),
     "long": Case("offload", 1, 8192),
     "large": Case("offload", 16),
-    "packed": Case("lean", 2, packed=True, accumulation=4, steps=6, **_LEAN),
+    "packed": Case("offload", 2, packed=True, accumulation=4, steps=6, **_LEAN),
     "small": Case("none", 1, 256, steps=60),
     "context_24": Case("lean", 1, 110080, rank=32, limit="24GiB", steps=1, **_LEAN),
     "context_24_longest": Case("lean", 1, 196608, rank=32, limit="24GiB", steps=1, **_LEAN),

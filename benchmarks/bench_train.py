@@ -73,7 +73,7 @@ CASES = {
     "lean_head_nf4": Case([*_LEAN, "model.head=nf4"]),
     "long": Case(["train.remat=offload"], 1, 8192, peers={"unsloth": "offload", "hf": "full"}),
     "large": Case(["train.remat=offload"], 16, steps=8, peers={"unsloth": "offload", "hf": "full"}),
-    "packed": Case([*_LEAN, *_PACKED], 2, steps=8, peers={"unsloth": "packed"}),
+    "packed": Case(["train.remat=offload", *_LEAN[1:], *_PACKED], 2, steps=8, peers={"unsloth": "packed"}),
     "packed_full_rows": Case(["train.remat=none", "data.packing=true"]),
     "small": Case(["train.remat=none"], 1, 256, steps=40, peers={"unsloth": "none", "hf": "full"}),
 }

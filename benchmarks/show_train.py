@@ -29,12 +29,14 @@ def table(rows: Sequence[Row]) -> str:
     of no step."""
     lines = ["| case | system | keeps | batch | tokens/s | ms a step | peak GiB |", "|---|---|---|---|---|---|---|"]
     for row in rows:
-        if "tokens_per_s" in row:
+        if "peak_gib" in row:
             case = f"{row['case']} \\*" if row.get("alone") else row["case"]
             cells = case, row["system"], row["policy"], f"{row['batch']} x {row['seq']:,}"
-            figures = f"{row['tokens_per_s']:,}", f"{row['ms_per_step']:,}", f"{row['peak_gib']:.2f}"
+            # A row whose GPU had other work has no speed.
+            speed = [f"{row[name]:,}" if name in row else "-" for name in ("tokens_per_s", "ms_per_step")]
+            figures = *speed, f"{row['peak_gib']:.2f}"
             lines.append(f"| {' | '.join(cells + figures)} |")
-    others = [row for row in rows if "seconds" in row and "tokens_per_s" not in row]
+    others = [row for row in rows if "seconds" in row and "peak_gib" not in row]
     if others:
         lines += ["", "| | system | keeps | seconds |", "|---|---|---|---|"]
     for row in others:

@@ -108,9 +108,10 @@ def test_estimates_are_what_the_h200_measured() -> None:
         config = run_config(row["batch"], row["seq"], **sections)
         # A step of 256 tokens is 7 % above the estimate (benchmarks/NOTES.md).
         rel = 0.08 if row["case"] == "small" else 0.05
-        assert peak(config, model, row["policy"]) == pytest.approx(row["peak_gib"], rel=rel), row["case"]
-        if row["batch"] * row["seq"] < 2048:
-            # Not so many tokens that the rates of large products hold.
+        measured = row["peak_gib"] - row.get("no_longer_on_device_gib", 0)
+        assert peak(config, model, row["policy"]) == pytest.approx(measured, rel=rel), row["case"]
+        if "ms_per_step" not in row or row["batch"] * row["seq"] < 2048:
+            # No speed, since the GPU had other work; or not so many tokens that the rates of large products hold.
             continue
         seconds = step_seconds(
             config, measure_model(config, MODELS[model], "bf16"), SHEETS["h200"], "bf16", row["policy"]
