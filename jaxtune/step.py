@@ -129,13 +129,13 @@ def batch_loss(
         decoder, vocabulary = config.parts.decoder(decoder), config.parts.vocabulary
         frozen = config.parts.local(frozen)
     execution = Execution(
-        remat_wrapper(config.remat, unrolled=config.unroll) if wrap is None else wrap,
-        config.unroll,
-        MLP_CHUNK.get(config.remat),
-        config.parts,
-        config.fp8,
-        config.deterministic,
-        keeps if wrap is None else None,
+        remat=remat_wrapper(config.remat, unrolled=config.unroll) if wrap is None else wrap,
+        unroll=config.unroll,
+        mlp_chunk=MLP_CHUNK.get(config.remat),
+        parts=config.parts,
+        fp8=config.fp8,
+        deterministic=config.deterministic,
+        keeps=keeps if wrap is None else None,
     )
     hidden, _ = hidden_states(
         frozen,

@@ -310,14 +310,14 @@ def _contexts(
             segment_ids,
             start,
             adaptation,
-            first,
-            window,
-            execution.mlp_chunk,
-            parts,
-            fp8,
-            execution.deterministic,
-            execution.keeps is not None,
-            execution.mlp_slices,
+            cache_first=first,
+            window=window,
+            mlp_chunk=execution.mlp_chunk,
+            mlp_slices=execution.mlp_slices,
+            parts=parts,
+            fp8=fp8,
+            deterministic=execution.deterministic,
+            again=execution.keeps is not None,
         )
     return contexts
 
