@@ -183,13 +183,13 @@ def fit(
     # The step of one device, from shapes: beside the loading where the compile cache has it, and else before, since XLA
     # chooses between products by timing them, for which the device has to be idle and to have room.
     ahead = None
-    if mesh.size == 1:
-        structure = loaded_structure(config, base.hf_config or hf_config, base.dtype, state, mesh)
-        memory["frozen weights"] = tree_bytes(structure[0])
-        ahead = step_of(plan.candidates[0], *structure, None)
     with out_of_memory("compiling the step", memory, config):
-        if ahead is not None and not ahead.is_cached():
-            ahead.compile()
+        if mesh.size == 1:
+            structure = loaded_structure(config, base.hf_config or hf_config, base.dtype, state, mesh)
+            memory["frozen weights"] = tree_bytes(structure[0])
+            ahead = step_of(plan.candidates[0], *structure, None)
+            if not ahead.is_cached():
+                ahead.compile()
         with Beside(load) as loading, Beside(lambda _: versions()) as asked:
             if ahead is not None:
                 ahead.compile()
