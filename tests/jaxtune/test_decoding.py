@@ -235,9 +235,10 @@ def test_on_a_gpu_tokens_are_made_of_packed_weights(batch: int) -> None:
         return decode(frozen, lora, state, {}, *rest)
 
     text = lower_for_cuda(run, generator.frozen, generator.lora, state)
-    # One row takes q, k and v in one launch, and gate and up; the head is one more.
-    name, launches = ("nf4_matmul_row", 5) if batch == 1 else ("nf4_matmul", 8)
-    assert text.count(f'name = "{name}"') == launches
+    # One row takes q, k and v in one launch, and gate and up; the head is one more. From JAX 0.11 on kernels that are
+    # equal, as k's and v's, gate's and up's, are written down once.
+    name, kernels = ("nf4_matmul_row", 5) if batch == 1 else ("nf4_matmul", 8 if jax.__version_info__ < (0, 11) else 6)
+    assert text.count(f'name = "{name}"') == kernels
     assert not [line for line in text.splitlines() if "dynamic_slice" in line and "ui8>" in line]
 
 
