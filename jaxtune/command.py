@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import atexit
+import contextlib
 import importlib
 import logging
 import os
@@ -72,8 +73,10 @@ def process() -> int:
 
 def _end(ended: Sequence[int]) -> None:
     if ended:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in sys.stdout, sys.stderr:
+            # Who reads it may be gone.
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
         os._exit(ended[0])
 
 

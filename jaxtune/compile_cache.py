@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from pathlib import Path
 from typing import Any
@@ -29,10 +30,11 @@ def was_compiled(program: Any) -> bool:
 
 
 def mark_compiled(program: Any) -> None:
-    """Leave a mark in the cache in use, if there is one, that it has this program: anything whose repr tells it."""
+    """Leave a mark in the cache in use, if one can be written, that it has this program: what its repr tells apart."""
     mark = _mark(program)
     if mark is not None:
-        mark.touch()
+        with contextlib.suppress(OSError):
+            mark.touch()
 
 
 def _mark(program: Any) -> Path | None:
