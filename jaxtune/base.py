@@ -12,6 +12,7 @@ import numpy as np
 from jaxtune.config import ModelConfig
 from jaxtune.loading import (
     Source,
+    check_weights,
     fingerprint,
     load_model,
     load_tokenizer,
@@ -48,10 +49,11 @@ class BaseModel:
 
 
 def find_base(config: ModelConfig) -> BaseModel:
-    """Find a base model's files and read what is small; its weights are left to `load`."""
+    """Find a base model's files and read what is small; its weights are left to `load`, but for whether they fit."""
     source = resolve_source(config)
     decoder = DecoderConfig.from_hf(read_hf_config(source))
     dtype = resolve_dtype(config.dtype)
+    check_weights(config, dtype, source)
     return BaseModel(
         source,
         load_tokenizer(source),

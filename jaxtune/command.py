@@ -8,9 +8,11 @@ import contextlib
 import importlib
 import logging
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
+from typing import NoReturn
 
 from jaxtune.config_io import check_files, load_config
 from jaxtune.errors import Abandoned, Interrupted, UserError
@@ -68,16 +70,22 @@ def process() -> int:
     # The first to be registered is the last to be called.
     atexit.register(_end, ended)
     ended.append(main())
+    # All is done: what is left has nothing to say.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     return ended[0]
 
 
 def _end(ended: Sequence[int]) -> None:
     if ended:
-        for stream in sys.stdout, sys.stderr:
-            # Who reads it may be gone.
-            with contextlib.suppress(OSError, ValueError):
-                stream.flush()
-        os._exit(ended[0])
+        _leave(ended[0])
+
+
+def _leave(status: int) -> NoReturn:
+    for stream in sys.stdout, sys.stderr:
+        # It may be closed, and who reads it gone.
+        with contextlib.suppress(AttributeError, OSError, ValueError):
+            stream.flush()
+    os._exit(status)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -96,9 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         traceback.print_exc()
         status = 1
     # What JAX does at an ordinary exit waits for the other processes, which may be gone.
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
+    _leave(status)
 
 
 def _run(options: argparse.Namespace, launch: Launch | None) -> int:

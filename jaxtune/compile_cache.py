@@ -25,15 +25,17 @@ def use_compile_cache(directory: str) -> None:
 
 def was_compiled(program: Any) -> bool:
     """Whether `mark_compiled` was told of this program in the cache in use. What is there may be of other code."""
-    mark = _mark(program)
-    return mark is not None and mark.exists()
+    with contextlib.suppress(OSError):
+        mark = _mark(program)
+        return mark is not None and mark.exists()
+    return False
 
 
 def mark_compiled(program: Any) -> None:
     """Leave a mark in the cache in use, if one can be written, that it has this program: what its repr tells apart."""
-    mark = _mark(program)
-    if mark is not None:
-        with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError):
+        mark = _mark(program)
+        if mark is not None and not mark.exists():
             mark.touch()
 
 

@@ -1,12 +1,10 @@
-"""What a run writes at its end: the last checkpoint and the adapters."""
+"""What a run writes at its end: the last checkpoint, and then the adapters."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
-from jaxtune.ahead import Beside
 from jaxtune.base import BaseModel
 from jaxtune.config import RunConfig
 from jaxtune.export import save_peft_adapter
@@ -26,8 +24,7 @@ def save_last(
 ) -> Any:
     """Write the last checkpoint, and by the first process its adapter; with `output.keep_best` also the best adapter.
 
-    The adapter is written at the same time, and takes its name when the checkpoint is complete: a run that has an
-    adapter is not started again.
+    One after the other: whatever forbids an adapter, the checkpoint is there.
 
     Args:
         save_state: writes the checkpoint.
@@ -35,24 +32,20 @@ def save_last(
     Returns:
         The trained tree, whole.
     """
+    save_state()
     checkpoints, lora = directory.checkpoints, whole(state.lora)
-    of_base: Any = {"decoder": base.decoder, "modules": base.modules, "tokenizer": base.own_tokenizer}
-
-    @contextlib.contextmanager
-    def saved(name: str, tree: Any) -> Iterator[None]:
-        def write(_: Any) -> None:
-            save_peft_adapter(temporary, tree, config.lora, base.source, **of_base)
-
-        with directory.replacing(name) as temporary, Beside(write) as adapter:
-            yield
-            adapter.result()
-
-    with saved("adapter", lora) if is_first() else contextlib.nullcontext():
-        save_state()
     best = checkpoints.best() if config.output.keep_best else []
     of_best = [(meta, whole(then.lora)) for then, meta in (checkpoints.restore(step, state) for step in best[:1])]
-    for meta, tree in of_best if is_first() else ():
-        with saved("adapter-best", tree):
-            pass
+    if not is_first():
+        return lora
+    of_base: Any = {"decoder": base.decoder, "modules": base.modules, "tokenizer": base.own_tokenizer}
+
+    def save(name: str, tree: Any) -> None:
+        with directory.replacing(name) as temporary:
+            save_peft_adapter(temporary, tree, config.lora, base.source, **of_base)
+
+    save("adapter", lora)
+    for meta, tree in of_best:
+        save("adapter-best", tree)
         progress.note(f"adapter-best: of step {meta['step']}, held-out loss {meta['eval_loss']:.4f}")
     return lora

@@ -139,10 +139,9 @@ def load_model(
 
     With `load_in_4bit` the layers' seven linears become NF4, quantised from the weight rounded to `dtype`; the head is
     what `config.head` says; embedding, norms and biases are held in `dtype`, the embedding in host memory with
-    `embedding_on_host`. A bitsandbytes checkpoint is taken as it
-    is: packed weights keep their bytes, and linears that it left dense stay dense. Where it packed a linear in some
-    layers only, that linear becomes dense in all layers, since a stacked leaf has one form: values stay what they were,
-    and the log says what it costs. Without `load_in_4bit` packed weights are decoded.
+    `embedding_on_host`. A bitsandbytes checkpoint is taken as it is, packed or dense. A linear that it packed in some
+    layers only becomes dense in all, since a stacked leaf has one form: values stay what they were, and the log says
+    what it costs. Without `load_in_4bit` packed weights are decoded.
 
     Args:
         config: which model, and in which form.
@@ -157,13 +156,7 @@ def load_model(
     source = source or resolve_source(config)
     if flax_tree.is_tree(source.path):
         return _restore(config, dtype, source, place)
-    with user_errors():
-        checkpoint = _open(source)
-        family = families.get(checkpoint.hf_config["model_type"])
-        loads = family.plan(checkpoint.infos, checkpoint.hf_config)
-        prequantised = bnb4bit.is_quantized(checkpoint.hf_config) or any(load.is_packed for load in loads)
-    packed_paths = _packed_paths(loads, prequantised, dtype) if config.load_in_4bit else set()
-    check_head(config, checkpoint.hf_config, {load.slot.path for load in loads})
+    checkpoint, loads, packed_paths = _planned(config, dtype, source)
     frozen: dict[str, Any] = {}
     count = checkpoint.hf_config["num_hidden_layers"]
     bytes_read, on_host = 0, TABLE if config.embedding_on_host else None
@@ -186,6 +179,24 @@ def load_model(
     if config.embedding_on_host:
         frozen = with_table_on_host(frozen)
     return LoadedModel(families.completed(checkpoint.hf_config), frozen, source)
+
+
+def check_weights(config: ModelConfig, dtype: jnp.dtype, source: Source) -> None:
+    """Raise what `load_model` would of files whose headers do not fit their config."""
+    if not flax_tree.is_tree(source.path):
+        _planned(config, dtype, source)
+
+
+def _planned(config: ModelConfig, dtype: jnp.dtype, source: Source) -> tuple[Any, list[Any], set[Any]]:
+    """The checkpoint, what is loaded of it, and the paths of what becomes or stays packed."""
+    with user_errors():
+        checkpoint = _open(source)
+        family = families.get(checkpoint.hf_config["model_type"])
+        loads = family.plan(checkpoint.infos, checkpoint.hf_config)
+        prequantised = bnb4bit.is_quantized(checkpoint.hf_config) or any(load.is_packed for load in loads)
+    packed_paths = _packed_paths(loads, prequantised, dtype) if config.load_in_4bit else set()
+    check_head(config, checkpoint.hf_config, {load.slot.path for load in loads})
+    return checkpoint, loads, packed_paths
 
 
 def read_hf_config(source: Source) -> dict[str, Any]:

@@ -37,13 +37,15 @@ from pallas_kernels import nf4
 def frozen_structure(hf_config: Mapping[str, Any], config: ModelConfig, dtype: Any) -> dict[str, Any]:
     """The tree that `loading.load_model` gives, with `ShapeDtypeStruct`s for arrays, from the model's config alone.
 
-    Of a bitsandbytes checkpoint, linears in modules that its config says were skipped are dense.
+    Of a bitsandbytes checkpoint, linears in modules that its config says were skipped are dense, and others are decoded
+    to the dtype that the model was saved in.
 
     Raises:
         UserError: the family is not supported, or its config is incomplete.
     """
     quantization = hf_config.get("quantization_config") or {}
     double_quant = quantization.get("bnb_4bit_use_double_quant", config.double_quant)
+    saved_in = (hf_config.get("dtype") or hf_config.get("torch_dtype")) if quantization else None
     slots = tensors_of(hf_config)
     skipped = quantization.get("llm_int8_skip_modules") or ()
     dense = {slot.path for slot in slots if any(module in slot.name for module in skipped)}
@@ -59,6 +61,7 @@ def frozen_structure(hf_config: Mapping[str, Any], config: ModelConfig, dtype: A
         if slot.path == HEAD:
             leaf = jax.eval_shape(functools.partial(small_head, config=config), leaf)
         elif config.load_in_4bit and slot.is_linear and slot.path not in dense:
+            leaf = leaf if saved_in is None else jax.ShapeDtypeStruct(leaf.shape, saved_in)
             leaf = jax.eval_shape(functools.partial(nf4.quantize, double_quant=double_quant), leaf)
         *parents, key = slot.path
         node = functools.reduce(lambda above, name: above.setdefault(name, {}), parents, tree)

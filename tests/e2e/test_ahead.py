@@ -7,11 +7,13 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import jax
 import pytest
 from runs import Main, WriteRun
 
-from jaxtune import train
+from jaxtune import finish, train
 from jaxtune.ahead import Beside, Step
+from jaxtune.compile_cache import mark_compiled, was_compiled
 from jaxtune.metrics import read_metrics
 
 VARIABLE: contextvars.ContextVar[int] = contextvars.ContextVar("VARIABLE", default=0)
@@ -30,7 +32,7 @@ VARIABLE: contextvars.ContextVar[int] = contextvars.ContextVar("VARIABLE", defau
 def test_is_traced_once(
     sections: dict[str, Any], write_run: WriteRun, run_main: Main, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """And compiled before the weights are there where the cache has it."""
+    """And compiled once, before the weights are read, or beside where the cache has it."""
     cached: list[bool] = []
 
     class Seen(Step):
@@ -59,6 +61,31 @@ def test_a_step_of_other_weights_is_traced_anew(
     monkeypatch.setattr(Step, "takes", lambda step, *arguments: made.append(step))
     status, stderr = run_main("--config", write_run(), "--set", "train.max_steps=1")
     assert (status, len(made)) == (0, 1), stderr
+
+
+def test_a_cache_that_cannot_be_written_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise PermissionError("not here")
+
+    monkeypatch.setitem(jax.config.values, "jax_compilation_cache_dir", str(tmp_path))
+    monkeypatch.setattr(Path, "touch", refuse)
+    mark_compiled("a program")
+    assert not was_compiled("a program")
+    monkeypatch.setattr(Path, "exists", refuse)
+    assert not was_compiled("a program")
+
+
+def test_the_last_checkpoint_does_not_wait_for_the_adapter(
+    write_run: WriteRun, run_main: Main, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(finish, "save_peft_adapter", full)
+    status, _ = run_main("--config", write_run(output={"save_steps": None}), "--set", "train.max_steps=2")
+    assert status == 2
+    assert (tmp_path / "out" / "checkpoints" / "2").is_dir()
+    assert not (tmp_path / "out" / "adapter").exists()
 
 
 def test_beside_gives_the_result_or_the_error() -> None:

@@ -229,7 +229,7 @@ def test_full_disk(small_disk: Path) -> None:
     checkpoints = Checkpoints(small_disk / "checkpoints", keep_last=1)
     state = {"x": jnp.arange(5000.0)}
     checkpoints.save(1, state, {})
-    # Random bits, since Orbax compresses.
+    # Random bits, which no part of the file system packs.
     large = {"x": jnp.asarray(np.random.default_rng(0).integers(0, 2**32, 400_000, np.uint32))}
     with pytest.raises(UserError, match=r"cannot write the checkpoint .*/2: .*; earlier ones are untouched. Make room"):
         checkpoints.save(2, large, {})
