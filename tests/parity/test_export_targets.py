@@ -26,7 +26,9 @@ from jaxtune.export import save_peft_adapter
 from jaxtune.export.__main__ import main
 from jaxtune.export.run import ExportConfig, export_run
 from jaxtune.linen import Decoder
+from jaxtune.loading import load_model
 from jaxtune.lora import adaptation, init_lora
+from jaxtune.structure import frozen_structure
 
 LORA = LoraConfig(r=4, lora_alpha=8)
 
@@ -103,6 +105,11 @@ def test_merged_4bit_in_bitsandbytes(tmp_path: Path) -> None:
     again = peers.load_ours(out, load_in_4bit=True)
     computed = peers.our_logits(again, run.tokens)
     assert peers.relative_error(computed, peers.their_logits(model, run.tokens)) < 1e-4
+    # In another dtype than the files', too, a plan knows the tree: a run's step is compiled from it before it is loaded.
+    config, dtype = ModelConfig(str(out), load_in_4bit=True), jnp.dtype(jnp.bfloat16)
+    loaded = load_model(config, dtype)
+    planned = frozen_structure(loaded.hf_config, config, dtype)
+    assert jax.tree.structure(planned) == jax.tree.structure(loaded.frozen)
     # Quantised once more, and still the model that was trained rather than its base.
     base = peers.our_logits(run.ours, run.tokens)
     assert np.linalg.norm(computed - run.logits) < np.linalg.norm(base - run.logits)
